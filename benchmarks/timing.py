@@ -1,0 +1,56 @@
+"""Interleaved timing of candidates that do the same work, in one process.
+
+A shared machine swings by a factor of two; candidates that take turns swing together, so only
+their ratio is reported as a result.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one candidate over the rounds."""
+
+    median_ms: float
+    min_ms: float
+    samples_ms: tuple[float, ...]
+
+
+def synced_clock() -> float:
+    """Seconds, read when the device has finished what was enqueued."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], *, rounds: int = 15, min_sample_ms: float = 5.0
+) -> dict[str, Timing]:
+    """Time the candidates in turns; a sample repeats a call until it lasts `min_sample_ms`.
+
+    The first call of each (compilation, page faults, thread start) is not counted, and the order
+    is reversed every other round so that none always follows the same neighbour.
+    """
+    repeats: dict[str, int] = {}
+    for name, call in candidates.items():
+        call()
+        start = synced_clock()
+        call()
+        once_ms = (synced_clock() - start) * 1e3
+        repeats[name] = max(1, round(min_sample_ms / max(once_ms, 1e-3)))
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    order = list(candidates)
+    for _ in range(rounds):
+        for name in order:
+            call, n = candidates[name], repeats[name]
+            start = synced_clock()
+            for _ in range(n):
+                call()
+            samples[name].append((synced_clock() - start) * 1e3 / n)
+        order.reverse()
+    return {name: Timing(statistics.median(ms), min(ms), tuple(ms)) for name, ms in samples.items()}

@@ -1,0 +1,42 @@
+// From the public entry points of the CPU kernels to the build for this machine's instruction set.
+#include "isa.h"
+
+// For `void kvpo::cpu::f(const Args&)` declared in a header, the kernel file defines
+// `kvpo::cpu::<isa>::f`. Each use of the macro declares those and defines the choice.
+#if KVPO_X86
+#define KVPO_DISPATCH(f, Args)                                                                     \
+  namespace portable {                                                                             \
+  void f(const Args&);                                                                             \
+  }                                                                                                \
+  namespace avx2 {                                                                                 \
+  void f(const Args&);                                                                             \
+  }                                                                                                \
+  namespace avx512 {                                                                               \
+  void f(const Args&);                                                                             \
+  }                                                                                                \
+  namespace avx512_bf16 {                                                                          \
+  void f(const Args&);                                                                             \
+  }                                                                                                \
+  void f(const Args& args) {                                                                       \
+    switch (isa()) {                                                                               \
+    case Isa::kAvx512Bf16:                                                                         \
+      return avx512_bf16::f(args);                                                                 \
+    case Isa::kAvx512:                                                                             \
+      return avx512::f(args);                                                                      \
+    case Isa::kAvx2:                                                                               \
+      return avx2::f(args);                                                                        \
+    case Isa::kPortable:                                                                           \
+      return portable::f(args);                                                                    \
+    }                                                                                              \
+  }
+#else
+#define KVPO_DISPATCH(f, Args)                                                                     \
+  namespace portable {                                                                             \
+  void f(const Args&);                                                                             \
+  }                                                                                                \
+  void f(const Args& args) {                                                                       \
+    portable::f(args);                                                                             \
+  }
+#endif
+
+namespace kvpo::cpu {} // namespace kvpo::cpu

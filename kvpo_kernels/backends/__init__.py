@@ -1,0 +1,1 @@
+"""Implementations of the ops; each is imported on first use."""

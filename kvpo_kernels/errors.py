@@ -1,0 +1,32 @@
+"""Every exception the library raises on purpose."""
+
+from collections.abc import Mapping
+
+
+class KvpoError(Exception):
+    """Base class, so that callers can catch exactly what is ours."""
+
+
+class ShapeError(KvpoError, ValueError):
+    """An argument's rank, shape or value does not fit the others or the allowed range."""
+
+
+class DtypeError(KvpoError, TypeError):
+    """An argument's dtype or device does not fit the others."""
+
+
+class ConfigError(KvpoError, ValueError):
+    """A hyperparameter has a value that cannot be meant."""
+
+
+class PoolError(KvpoError, RuntimeError):
+    """The frame pool cannot do what was asked: no free slot, or a released timeline."""
+
+
+class BackendUnavailable(KvpoError, NotImplementedError):
+    """No allowed backend can run this call; `reasons` says why for each one."""
+
+    def __init__(self, op: str, reasons: Mapping[str, str]) -> None:
+        self.op, self.reasons = op, dict(reasons)
+        lines = "".join(f"\n  {name}: {why}" for name, why in self.reasons.items())
+        super().__init__(f"{op}: no backend can run this call{lines}")

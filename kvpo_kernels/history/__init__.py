@@ -1,0 +1,1 @@
+"""History: the frame pool, its timelines, route tables and route planning."""

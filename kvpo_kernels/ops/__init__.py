@@ -1,0 +1,1 @@
+"""Public operations: one module per op."""

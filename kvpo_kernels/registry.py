@@ -1,0 +1,69 @@
+"""Which backend runs a call: a static, ordered table per op, and one pure function over it.
+
+Nothing registers itself at import time and nothing is monkey-patched: to see every choice there
+is, read the `BACKENDS` tuple of the op. A named backend never falls back to another.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Final, Generic, TypeVar
+
+from kvpo_kernels.errors import BackendUnavailable
+
+Problem = TypeVar("Problem")
+
+
+@dataclass(frozen=True)
+class Backend(Generic[Problem]):
+    """One implementation of one op.
+
+    `why_not(problem)` returns None when the backend can run the problem, else a short reason. It
+    sees only metadata, so it also works on fake tensors. The module is imported on first use and
+    has the functions the op calls (`forward`, `backward`).
+    """
+
+    name: str
+    module: str
+    why_not: Callable[[Problem], str | None]
+
+    def load(self) -> ModuleType:
+        """Import the implementation."""
+        return importlib.import_module(self.module)
+
+
+def select(
+    op: str, backends: tuple[Backend[Problem], ...], problem: Problem, name: str | None
+) -> Backend[Problem]:
+    """Return the named backend, or the first one in the table that can run the problem.
+
+    `name=None` means the environment variable KVPO_BACKEND where it is set.
+
+    Raises:
+        BackendUnavailable: with the reason of every backend that was asked.
+    """
+    name = name if name is not None else DEFAULT_BACKEND
+    known = {b.name: b for b in backends}
+    if name is not None and name not in known:
+        raise BackendUnavailable(op, {name: f"unknown; the table has {', '.join(known)}"})
+    reasons: dict[str, str] = {}
+    for backend in backends if name is None else (known[name],):
+        why = backend.why_not(problem)
+        if why is None:
+            return backend
+        reasons[backend.name] = why
+    raise BackendUnavailable(op, reasons)
+
+
+def reasons(backends: tuple[Backend[Problem], ...], problem: Problem) -> dict[str, str | None]:
+    """Why each backend cannot run the problem, None for those that can, in order of preference."""
+    return {b.name: b.why_not(problem) for b in backends}
+
+
+# Facts about this process, fixed at import. Constants, not cached functions: torch.compile ignores
+# the cache and would trace the look-up.
+HAS_NATIVE: Final = importlib.util.find_spec("kvpo_kernels._native") is not None
+DEFAULT_BACKEND: Final = os.environ.get("KVPO_BACKEND") or None

@@ -1,0 +1,27 @@
+// The Python module: one bind_<op> per op, in the file of the op's name.
+#include <pybind11/pybind11.h>
+
+#include "isa.h"
+#include "kvpo/error.h"
+
+namespace py = pybind11;
+
+void bind_routed_attention(py::module_& m);
+void bind_tve_grpo(py::module_& m);
+void bind_norm_rope(py::module_& m);
+
+PYBIND11_MODULE(_native, m) {
+  py::register_exception<kvpo::Error>(m, "Error", PyExc_ValueError);
+  m.attr("WITH_CUDA") = false;
+  m.def("isa", [] { return std::string(kvpo::cpu::name(kvpo::cpu::isa())); });
+  m.def("set_isa_limit", [](const std::string& limit) {
+    using kvpo::cpu::Isa;
+    for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16})
+      if (limit == kvpo::cpu::name(isa))
+        return kvpo::cpu::set_isa_limit(isa);
+    throw kvpo::Error("set_isa_limit: unknown instruction set " + limit);
+  });
+  bind_routed_attention(m);
+  bind_tve_grpo(m);
+  bind_norm_rope(m);
+}
