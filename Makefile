@@ -1,0 +1,35 @@
+# Each target makes .venv and installs what it needs by itself.
+PY := .venv/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
+CXX_FILES := $(shell git ls-files '*.cpp' '*.h')
+
+.PHONY: demo test bench lint format clean
+
+.venv/ready: pyproject.toml setup.py constraints.txt CMakeLists.txt $(CXX_FILES)
+	test -x $(PY) || python3 -m venv .venv
+	$(PIP) torch numpy
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: .venv/ready
+	.venv/bin/kvpo-train demo
+
+test: .venv/ready
+	$(PY) -m pytest
+
+bench: .venv/ready
+	$(PY) benchmarks/run.py
+
+lint: .venv/ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: .venv/ready
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+	.venv/bin/clang-format -i $(CXX_FILES)
+
+clean:
+	rm -rf .venv build *.egg-info kvpo_kernels/_native*.so

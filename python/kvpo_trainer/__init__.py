@@ -1,0 +1,1 @@
+"""The reference KVPO trainer: a streaming autoregressive video generator at CPU scale."""
