@@ -2,3 +2,16 @@
 
 from kvpo_kernels.errors import BackendUnavailable as BackendUnavailable
 from kvpo_kernels.errors import KvpoError as KvpoError
+from kvpo_kernels.ops.advantages import anchor_advantages as anchor_advantages
+from kvpo_kernels.ops.advantages import fuse_advantages as fuse_advantages
+from kvpo_kernels.ops.branch_policy_loss import BranchPolicyLoss as BranchPolicyLoss
+from kvpo_kernels.ops.branch_policy_loss import ContrastiveObjective as ContrastiveObjective
+from kvpo_kernels.ops.branch_policy_loss import branch_policy_loss as branch_policy_loss
+from kvpo_kernels.ops.tve_grpo import TveGrpoLoss as TveGrpoLoss
+from kvpo_kernels.ops.tve_grpo import tve_grpo_loss as tve_grpo_loss
+from kvpo_kernels.ops.velocity_energy import TrajectoryEnergies as TrajectoryEnergies
+from kvpo_kernels.ops.velocity_energy import (
+    trajectory_velocity_energy as trajectory_velocity_energy,
+)
+from kvpo_kernels.ops.velocity_energy import velocity_gradient as velocity_gradient
+from kvpo_kernels.ops.velocity_energy import velocity_step_weights as velocity_step_weights

@@ -1,0 +1,456 @@
+"""The contrastive policy loss over the branches of one prompt, and its closed-form gradient."""
+
+import math
+import warnings
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kvpo_kernels import registry
+from kvpo_kernels.errors import ConfigError, DtypeError, ShapeError
+from kvpo_kernels.registry import Backend
+
+OP = "branch_policy_loss"
+Nonfinite = Literal["raise", "drop"]
+
+
+@dataclass(frozen=True)
+class ContrastiveObjective:
+    """What is optimised once the branches have scores and advantages."""
+
+    clip_range_low: float = 0.1
+    """The probability ratio earns nothing below `1 - clip_range_low`."""
+
+    clip_range_high: float = 0.2
+    """The probability ratio earns nothing above `1 + clip_range_high`; >= `clip_range_low`."""
+
+    kl_coef: float = 10.0
+    """Weight of KL(branch policy || reference policy)."""
+
+    protect: Literal["mechanism_1", "mechanism_2"] = "mechanism_2"
+    """What an unsafe group, where no branch beats the anchor, does: mechanism_1 contributes
+    nothing, mechanism_2 half."""
+
+    log_ratio_clamp: float = 20.0
+    """The log-ratio is clamped to this absolute value, beyond which it has no gradient."""
+
+    min_update_entropy_ratio: float = 0.0
+    """`skip` is set where the entropy is above `log(G) * (1 - this)`; 0 never skips."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that would train something else than what was meant."""
+        wrong = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name != "protect" and (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not math.isfinite(value)
+            ):
+                raise ConfigError(f"{field.name} must be a finite number, got {value!r}")
+        low, high = self.clip_range_low, self.clip_range_high
+        if not 0 <= low <= 1:
+            wrong.append(f"clip_range_low must be in [0, 1], got {low}")
+        if high < low:
+            wrong.append(f"clip_range_high must be >= clip_range_low = {low}, got {high}")
+        if self.kl_coef < 0:
+            wrong.append(f"kl_coef must be >= 0, got {self.kl_coef}")
+        if self.protect not in ("mechanism_1", "mechanism_2"):
+            wrong.append(f"protect must be 'mechanism_1' or 'mechanism_2', got {self.protect!r}")
+        if not 0 < self.log_ratio_clamp <= 80:  # exp(80) is still finite in float32
+            wrong.append(f"log_ratio_clamp must be in (0, 80], got {self.log_ratio_clamp}")
+        if not 0 <= self.min_update_entropy_ratio <= 1:
+            wrong.append(
+                f"min_update_entropy_ratio must be in [0, 1], got {self.min_update_entropy_ratio}"
+            )
+        if wrong:
+            raise ConfigError("; ".join(wrong))
+
+
+class Scalars(NamedTuple):
+    """The numbers of an objective as the kernels take them, in the order of the schema."""
+
+    clip_low: float
+    clip_high: float
+    kl_coef: float
+    log_ratio_clamp: float
+    min_entropy_ratio: float
+    scale: float
+    branch_mass: float
+    drop: bool
+
+
+def scalars_of(objective: ContrastiveObjective, safe: bool, nonfinite: str) -> Scalars:
+    """Resolve the protection: an unsafe mechanism_2 leaves the branches half of the mass.
+
+    The other half is the anchor's: `softmax([log pi, 0])` gives it 1/2 whatever pi is, with zero
+    gradient, so the protection is a constant factor.
+    """
+    if nonfinite not in ("raise", "drop"):
+        raise ConfigError(f"nonfinite must be 'raise' or 'drop', got {nonfinite!r}")
+    unsafe_scale = 0.0 if objective.protect == "mechanism_1" else 0.5
+    unsafe_mass = 1.0 if objective.protect == "mechanism_1" else 0.5
+    return Scalars(
+        float(objective.clip_range_low),
+        float(objective.clip_range_high),
+        float(objective.kl_coef),
+        float(objective.log_ratio_clamp),
+        float(objective.min_update_entropy_ratio),
+        1.0 if safe else unsafe_scale,
+        1.0 if safe else unsafe_mass,
+        nonfinite == "drop",
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class BranchPolicyLoss:
+    """A loss and what it was made of. Tensors on the scores' device, in their dtype.
+
+    Only `loss` is differentiable; the properties are views of `statistics` and `branches`.
+    """
+
+    loss: Tensor
+    """`[]`, `scale * (grpo_loss + kl_coef * kl)`; over all ranks where a group was given."""
+
+    statistics: Tensor
+    """`[6]`: GRPO term, KL, entropy, clip fraction, skip, number of dropped branches."""
+
+    branches: Tensor
+    """`[4, G]`: score gradient, ratio, log-ratio, and 1 where a branch's inputs are finite."""
+
+    scale: float
+    """Factor of the protection: 1, 1/2 or 0."""
+
+    kl_reference: Literal["given", "old"]
+    """"old" where no `ref_scores` were given: the KL is then taken against the old policy."""
+
+    @property
+    def score_grad(self) -> Tensor:
+        """`[G]`, d(loss)/d(scores); sums to 0 over all branches."""
+        return self.branches[0]
+
+    @property
+    def ratio(self) -> Tensor:
+        """`[G]`, exp of the clamped log-ratio; NaN for a dropped branch."""
+        return self.branches[1]
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """`[G]`, log pi - log pi_old, not clamped; NaN for a dropped branch."""
+        return self.branches[2]
+
+    @property
+    def grpo_loss(self) -> Tensor:
+        """`[]`, the clipped policy term, without `scale`."""
+        return self.statistics[0]
+
+    @property
+    def kl(self) -> Tensor:
+        """`[]`, KL(policy || reference) in nats, without `scale` and `kl_coef`."""
+        return self.statistics[1]
+
+    @property
+    def entropy(self) -> Tensor:
+        """`[]`, nats: H(pi), or `H(pi)/2 + log(2)/2` for an unsafe group under mechanism_2."""
+        return self.statistics[2]
+
+    @property
+    def clip_fraction(self) -> Tensor:
+        """`[]`, share of the ratios outside `[1 - low, 1 + high]`."""
+        return self.statistics[3]
+
+    @property
+    def skip(self) -> Tensor:
+        """`[]`, bool: the entropy rule asks to skip this update."""
+        return self.statistics[4] != 0
+
+    @property
+    def dropped(self) -> Tensor:
+        """`[]`, int64: how many branches `nonfinite="drop"` left out."""
+        return self.statistics[5].long()
+
+    def check(self) -> None:
+        """Raise ShapeError if the loss or a gradient is not finite; waits for a GPU."""
+        bad_grad = (~self.score_grad.isfinite()).nonzero().flatten().tolist()
+        if bool(self.loss.isfinite()) and not bad_grad:
+            return
+        bad = (self.branches[3] == 0).nonzero().flatten().tolist()
+        raise ShapeError(
+            f"the loss is {self.loss.item()}: score or energy, old score, reference score or "
+            f"advantage is not finite for branches {bad or bad_grad}"
+        )
+
+
+class Problem(NamedTuple):
+    """What a backend needs to know to accept or refuse a call."""
+
+    device: str
+
+
+def _why_not_reference(p: Problem) -> str | None:
+    return None
+
+
+BACKENDS: tuple[Backend[Problem], ...] = (
+    Backend("reference", "kvpo_kernels.reference.branch_policy_loss", _why_not_reference),
+)
+
+
+def branch_policy_loss(
+    scores: Tensor,
+    old_scores: Tensor,
+    advantages: Tensor,
+    ref_scores: Tensor | None = None,
+    *,
+    objective: ContrastiveObjective = ContrastiveObjective(),
+    safe: bool = True,
+    group: dist.ProcessGroup | None = None,
+    nonfinite: Nonfinite = "raise",
+    backend: str | None = None,
+) -> BranchPolicyLoss:
+    r"""Clipped policy loss with a KL penalty over the Gibbs policy `pi = softmax(scores)`.
+
+        ratio[g] = exp(clamp(log pi[g] - log pi_old[g]))
+        loss     = scale * ( -mean_g min(ratio A, clip(ratio) A)
+                             + kl_coef * sum_g pi[g] (log(pi[g] + 1e-10) - log pi_ref[g]) )
+
+    Evaluated in float64 with its gradient in closed form, so `loss.backward()` is one multiply.
+    At `scores == old_scores` the ratio is exactly 1. Deterministic.
+
+    Args:
+        scores: `[G]`, float32 or float64, the negative energies (log-weights, dimensionless) of
+            the branches; the only differentiable argument. G = 1 is legal, with zero gradient.
+        old_scores: `[G]`, dtype and device of `scores`: of the policy that made the rollout.
+        advantages: `[G]`, dtype and device of `scores`.
+        ref_scores: `[G]`, as `old_scores`: of the KL reference, the initial policy. None takes the
+            old policy, and the result's `kl_reference` says so.
+        objective: clip range, KL weight, protection.
+        safe: whether some branch beats the anchor, locally or globally.
+        group: process group over which the branches are spread, unevenly if need be; they
+            concatenate in rank order. The G scalars are gathered, the backward is local; `loss` and
+            `statistics` are global, `branches` are the rank's own. Not traceable.
+        nonfinite: "raise" refuses NaN and infinite inputs: on the CPU by a ShapeError naming
+            argument and branches (also from inside a compiled graph); on a GPU, where looking would
+            wait, the loss and the gradient become NaN for all branches and `check()` raises.
+            "drop" removes such branches: they get zero gradient, the others are renormalised, and
+            `dropped` counts them. With all dropped, the loss is 0.
+        backend: a name in `BACKENDS`; None takes the first that can run.
+
+    Raises:
+        ShapeError, DtypeError: naming the argument; with a group, on every rank.
+        BackendUnavailable: not the named backend can run the call.
+
+    Source: KVPO (arXiv:2605.14278), the released trainer's objective.
+    """
+    scalars = scalars_of(objective, safe, nonfinite)
+    if group is not None:
+        return _over_group(
+            scores, old_scores, advantages, ref_scores, objective, safe, group, scalars, backend
+        )
+    old_scores, advantages, ref_scores = _checked(scores, old_scores, advantages, ref_scores)
+    chosen = registry.select(OP, BACKENDS, Problem(scores.device.type), backend).name
+    loss, statistics, branches = _forward(
+        scores.detach(), old_scores, advantages, ref_scores, *scalars, chosen
+    )
+    if scores.requires_grad and torch.is_grad_enabled():
+        loss = LossWithGradient.apply(scores, loss, branches[0])  # type: ignore[no-untyped-call]
+    reference: Literal["given", "old"] = "old" if ref_scores is None else "given"
+    return BranchPolicyLoss(loss, statistics, branches, scalars.scale, reference)
+
+
+class LossWithGradient(torch.autograd.Function):
+    """A scalar loss whose gradient for `x` is known already: the backward is one scale."""
+
+    @staticmethod
+    def forward(ctx, x, loss, grad):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(grad)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):  # type: ignore[no-untyped-def]
+        (grad,) = ctx.saved_tensors
+        # On the CPU it costs nothing to see that there is nothing to scale, and then the gradient
+        # is handed on without a copy. The autograd engine clones it where the graph is kept.
+        if (
+            not torch.compiler.is_compiling()
+            and type(grad_loss) is Tensor
+            and grad_loss.device.type == "cpu"
+            and grad_loss.item() == 1.0
+        ):
+            return grad, None, None
+        return grad * grad_loss.to(grad.dtype), None, None
+
+
+def check_scalars(
+    name: str, value: Tensor, device: torch.device, dtype: torch.dtype, size: int
+) -> Tensor:
+    """Check one `[G]` input against the scores and detach it: it is data of the rollout."""
+    if not isinstance(value, Tensor):
+        raise DtypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype is not dtype:
+        raise DtypeError(f"{name} must be {dtype} like the scores, got {value.dtype}")
+    if value.device != device:
+        raise DtypeError(f"{name} must be on {device} like the scores, got {value.device}")
+    if value.ndim != 1 or value.shape[0] != size:
+        raise ShapeError(f"{name} must be [{size}], got {list(value.shape)}")
+    if not value.requires_grad:
+        return value
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"{name} requires grad; it is a constant here and detached", stacklevel=4)
+    return value.detach()
+
+
+def _checked(
+    scores: Tensor, old_scores: Tensor, advantages: Tensor, ref_scores: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    if not isinstance(scores, Tensor):
+        raise DtypeError(f"scores must be a tensor, got {type(scores).__name__}")
+    if scores.dtype not in (torch.float32, torch.float64):
+        raise DtypeError(f"scores must be float32 or float64, got {scores.dtype}")
+    if scores.ndim != 1 or scores.numel() == 0:
+        raise ShapeError(f"scores must be [G] with G >= 1, got {list(scores.shape)}")
+    like = (scores.device, scores.dtype, scores.shape[0])
+    old_scores = check_scalars("old_scores", old_scores, *like)
+    advantages = check_scalars("advantages", advantages, *like)
+    if ref_scores is not None:
+        ref_scores = check_scalars("ref_scores", ref_scores, *like)
+    return old_scores, advantages, ref_scores
+
+
+def refuse_nonfinite(**inputs: Tensor | None) -> None:
+    """Raise ShapeError naming the inputs and branches that are not finite; reads the values."""
+    wrong = []
+    for name, value in inputs.items():
+        if value is not None:
+            bad = (~value.isfinite()).nonzero().flatten().tolist()
+            if bad:
+                wrong.append(f"{name} must be finite, got {value[bad].tolist()} for branches {bad}")
+    if wrong:
+        raise ShapeError("; ".join(wrong))
+
+
+# The header of a rank: whether its own arguments are good, then what all ranks must agree on.
+_AGREED = (
+    "dtype",
+    "presence of ref_scores",
+    "clip_range_low",
+    "clip_range_high",
+    "kl_coef",
+    "log_ratio_clamp",
+    "min_update_entropy_ratio",
+    "scale",
+    "branch_mass",
+    "nonfinite",
+    "protect",
+    "safe",
+)
+
+
+def announce_failure(group: dist.ProcessGroup, device: torch.device | str) -> None:
+    """Take part in the first collective of a group's loss, only to say that this rank cannot."""
+    _all_gather_header([1.0] + [0.0] * (1 + len(_AGREED)), group, device)
+
+
+def _all_gather_header(
+    header: list[float], group: dist.ProcessGroup, device: torch.device | str
+) -> list[list[float]]:
+    own = torch.tensor(header, dtype=torch.float64, device=device)
+    headers = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(headers, own, group=group)
+    return [h.tolist() for h in headers]
+
+
+def _over_group(
+    scores: Tensor,
+    old_scores: Tensor,
+    advantages: Tensor,
+    ref_scores: Tensor | None,
+    objective: ContrastiveObjective,
+    safe: bool,
+    group: dist.ProcessGroup,
+    scalars: Scalars,
+    backend: str | None,
+) -> BranchPolicyLoss:
+    """Gather the branches of all ranks, evaluate them alike on each, keep the own ones."""
+    try:
+        old_scores, advantages, ref_scores = _checked(scores, old_scores, advantages, ref_scores)
+    except (ShapeError, DtypeError):
+        announce_failure(group, scores.device if isinstance(scores, Tensor) else "cpu")
+        raise
+    device, count = scores.device, scores.shape[0]
+    agreed = [
+        float(scores.dtype is torch.float64),
+        float(ref_scores is not None),
+        *(float(x) for x in scalars),
+        float(objective.protect == "mechanism_2"),
+        float(safe),
+    ]
+    rows = _all_gather_header([0.0, count, *agreed], group, device)
+    failed = [r for r, row in enumerate(rows) if row[0]]
+    if failed:
+        raise ShapeError(f"branch_policy_loss: ranks {failed} of the group have bad arguments")
+    for i, name in enumerate(_AGREED, start=2):
+        values = [row[i] for row in rows]
+        if len(set(values)) > 1:
+            raise ShapeError(f"ranks of the group differ in {name}: {values}")
+
+    counts = [int(row[1]) for row in rows]
+    inputs = [scores, old_scores, advantages] + ([] if ref_scores is None else [ref_scores])
+    payload = torch.zeros(len(inputs), max(counts), dtype=torch.float64, device=device)
+    payload[:, :count] = torch.stack([x.detach().double() for x in inputs])
+    parts = [torch.empty_like(payload) for _ in counts]
+    dist.all_gather(parts, payload, group=group)
+    gathered = torch.cat([p[:, :n] for p, n in zip(parts, counts, strict=True)], dim=1)
+    everyone = gathered.to(scores.dtype).unbind()
+    chosen = registry.select(OP, BACKENDS, Problem(device.type), backend).name
+    ref = everyone[3] if ref_scores is not None else None
+    loss, statistics, branches = _forward(*everyone[:3], ref, *scalars, chosen)
+    first = sum(counts[: dist.get_rank(group)])
+    own = branches[:, first : first + count]
+    if scores.requires_grad and torch.is_grad_enabled():
+        loss = LossWithGradient.apply(scores, loss, own[0])  # type: ignore[no-untyped-call]
+    reference: Literal["given", "old"] = "old" if ref_scores is None else "given"
+    return BranchPolicyLoss(loss, statistics, own, scalars.scale, reference)
+
+
+torch.library.define(
+    "kvpo::branch_policy_loss",
+    "(Tensor scores, Tensor old_scores, Tensor advantages, Tensor? ref_scores, float clip_low,"
+    " float clip_high, float kl_coef, float log_ratio_clamp, float min_entropy_ratio, float scale,"
+    " float branch_mass, bool drop, str backend) -> (Tensor, Tensor, Tensor)",
+)
+_MODULES = {b.name: b for b in BACKENDS}
+
+
+def _forward_impl(
+    scores: Tensor,
+    old_scores: Tensor,
+    advantages: Tensor,
+    ref_scores: Tensor | None,
+    *scalars_and_backend: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *scalars, backend = scalars_and_backend
+    forward = _MODULES[backend].load().forward
+    loss, statistics, branches = forward(scores, old_scores, advantages, ref_scores, *scalars)
+    # Here and not in the public function, so that a compiled graph checks as well.
+    if not scalars[-1] and loss.device.type == "cpu" and not math.isfinite(loss.item()):
+        refuse_nonfinite(
+            scores=scores, old_scores=old_scores, advantages=advantages, ref_scores=ref_scores
+        )
+    return loss, statistics, branches
+
+
+def _forward_fake(
+    scores: Tensor, old_scores: Tensor, advantages: Tensor, ref_scores: Tensor | None, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return scores.new_empty(()), scores.new_empty(6), scores.new_empty(4, scores.shape[0])
+
+
+torch.library.impl("kvpo::branch_policy_loss", ("cpu", "cuda"), _forward_impl)
+torch.library.register_fake("kvpo::branch_policy_loss", _forward_fake)
+_forward = torch.ops.kvpo.branch_policy_loss.default

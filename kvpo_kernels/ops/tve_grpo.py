@@ -1,0 +1,255 @@
+"""Energies, the loss of their Gibbs policy, and the gradient for the predictions, in one op."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kvpo_kernels import registry
+from kvpo_kernels.errors import DtypeError, KvpoError, ShapeError
+from kvpo_kernels.ops.branch_policy_loss import (
+    BranchPolicyLoss,
+    ContrastiveObjective,
+    LossWithGradient,
+    Nonfinite,
+    announce_failure,
+    branch_policy_loss,
+    check_scalars,
+    refuse_nonfinite,
+    scalars_of,
+)
+from kvpo_kernels.ops.velocity_energy import (
+    Problem,
+    check_trajectories,
+    checked_weights,
+    energy_gradient,
+    trajectory_velocity_energy,
+)
+from kvpo_kernels.registry import Backend
+
+OP = "tve_grpo"
+
+
+@dataclass(frozen=True, eq=False)
+class TveGrpoLoss(BranchPolicyLoss):
+    """`BranchPolicyLoss` with the energies that the scores came from."""
+
+    energies: Tensor
+    """`[G]`, float32 (float64 for float64 input), detached; the scores are their negatives."""
+
+
+def _why_not_reference(p: Problem) -> str | None:
+    return None
+
+
+BACKENDS: tuple[Backend[Problem], ...] = (
+    Backend("reference", "kvpo_kernels.reference.tve_grpo", _why_not_reference),
+)
+
+
+def tve_grpo_loss(
+    pred: Tensor,
+    target: Tensor,
+    step_weights: Tensor,
+    old_scores: Tensor,
+    advantages: Tensor,
+    ref_scores: Tensor | None = None,
+    *,
+    objective: ContrastiveObjective = ContrastiveObjective(),  # noqa: B008 (frozen)
+    safe: bool = True,
+    grad_steps: Tensor | Sequence[bool] | None = None,
+    group: dist.ProcessGroup | None = None,
+    nonfinite: Nonfinite = "raise",
+    backend: str | None = None,
+) -> TveGrpoLoss:
+    r"""Loss of the branches' Gibbs policy, straight from their predictions.
+
+    `branch_policy_loss(-trajectory_velocity_energy(pred, target, step_weights), ...)`, but the
+    gradient for `pred` is made along with the loss, while the inputs are in the cache, and the
+    backward costs one scale: nothing where it is 1 on a CPU.
+
+        d(loss)/d(pred[g, s]) = -2 * weight[s] * score_grad[g] * (pred - target)[g, s] / N
+
+    Args:
+        pred: `[G, S, ...]`, as in `trajectory_velocity_energy`; the only differentiable argument.
+        target: as `pred`.
+        step_weights: `[S]`.
+        old_scores: `[G]`, float32 (float64 for float64 predictions), as in `branch_policy_loss`.
+        advantages: `[G]`, as `old_scores`.
+        ref_scores: `[G]`, as `old_scores`, or None for the old policy.
+        objective: as in `branch_policy_loss`.
+        safe: as in `branch_policy_loss`.
+        grad_steps: `[S]` bool, the block-steps that carry gradient (all count in the energies);
+            None for all. A tensor on the device of `pred`, or a sequence.
+        group: as in `branch_policy_loss`; `pred` and the rest are the rank's own branches.
+        nonfinite: as in `branch_policy_loss`.
+        backend: a name in `BACKENDS`; None takes the first that can run.
+
+    Returns:
+        `TveGrpoLoss`. Deterministic, for any number of threads.
+
+    Raises:
+        ShapeError, DtypeError: naming the argument, and the branches that are not finite.
+        BackendUnavailable: not the named backend can run the call.
+
+    Source: KVPO (arXiv:2605.14278), the released trainer's objective.
+    """
+    if group is not None:
+        return _over_group(
+            pred,
+            target,
+            step_weights,
+            old_scores,
+            advantages,
+            ref_scores,
+            objective=objective,
+            safe=safe,
+            grad_steps=grad_steps,
+            group=group,
+            nonfinite=nonfinite,
+            backend=backend,
+        )
+    scalars = scalars_of(objective, safe, nonfinite)
+    check_trajectories(pred, target)
+    weights = checked_weights(step_weights, pred)
+    grad_weights = weights if grad_steps is None else _masked(weights, grad_steps)
+    score_dtype = torch.float64 if pred.dtype is torch.float64 else torch.float32
+    like = (pred.device, score_dtype, pred.shape[0])
+    old_scores = check_scalars("old_scores", old_scores, *like)
+    advantages = check_scalars("advantages", advantages, *like)
+    if ref_scores is not None:
+        ref_scores = check_scalars("ref_scores", ref_scores, *like)
+    chosen = registry.select(OP, BACKENDS, Problem(pred.device.type, pred.dtype), backend).name
+    needs_grad = pred.requires_grad and torch.is_grad_enabled()
+    loss, statistics, branches, energies, grad = _forward(
+        pred.detach(),
+        target,
+        weights,
+        grad_weights,
+        old_scores,
+        advantages,
+        ref_scores,
+        *scalars,
+        needs_grad,
+        chosen,
+    )
+    if needs_grad:
+        loss = LossWithGradient.apply(pred, loss, grad)  # type: ignore[no-untyped-call]
+    reference: Literal["given", "old"] = "old" if ref_scores is None else "given"
+    return TveGrpoLoss(loss, statistics, branches, scalars.scale, reference, energies)
+
+
+def _over_group(
+    pred: Tensor,
+    target: Tensor,
+    step_weights: Tensor,
+    old_scores: Tensor,
+    advantages: Tensor,
+    ref_scores: Tensor | None,
+    *,
+    objective: ContrastiveObjective,
+    safe: bool,
+    grad_steps: Tensor | Sequence[bool] | None,
+    group: dist.ProcessGroup,
+    nonfinite: Nonfinite,
+    backend: str | None,
+) -> TveGrpoLoss:
+    """The same from its three parts: the G scalars of other ranks come between the two passes."""
+    try:
+        check_trajectories(pred, target)
+        weights = checked_weights(step_weights, pred)
+        grad_weights = weights if grad_steps is None else _masked(weights, grad_steps)
+        energies = trajectory_velocity_energy(pred.detach(), target, weights, backend=backend)
+    except (KvpoError, TypeError):  # the other ranks wait for this one: tell them
+        announce_failure(group, pred.device if isinstance(pred, Tensor) else "cpu")
+        raise
+    r = branch_policy_loss(
+        -energies,
+        old_scores,
+        advantages,
+        ref_scores,
+        objective=objective,
+        safe=safe,
+        group=group,
+        nonfinite=nonfinite,
+    )
+    loss = r.loss
+    if pred.requires_grad and torch.is_grad_enabled():
+        grad = energy_gradient(pred.detach(), target, grad_weights, -r.score_grad, backend)
+        loss = LossWithGradient.apply(pred, loss, grad)  # type: ignore[no-untyped-call]
+    return TveGrpoLoss(loss, r.statistics, r.branches, r.scale, r.kl_reference, energies)
+
+
+def _masked(weights: Tensor, grad_steps: Tensor | Sequence[bool]) -> Tensor:
+    mask = torch.as_tensor(grad_steps, device=None if isinstance(grad_steps, Tensor) else "cpu")
+    if mask.dtype is not torch.bool:
+        raise DtypeError(f"grad_steps must be bool, got {mask.dtype}")
+    if mask.shape != weights.shape:
+        raise ShapeError(f"grad_steps must be {list(weights.shape)}, got {list(mask.shape)}")
+    return torch.where(mask.to(weights.device), weights, 0.0)
+
+
+torch.library.define(
+    "kvpo::tve_grpo",
+    "(Tensor pred, Tensor target, Tensor weights, Tensor grad_weights, Tensor old_scores,"
+    " Tensor advantages, Tensor? ref_scores, float clip_low, float clip_high, float kl_coef,"
+    " float log_ratio_clamp, float min_entropy_ratio, float scale, float branch_mass, bool drop,"
+    " bool needs_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+_MODULES = {b.name: b for b in BACKENDS}
+
+
+def _forward_impl(
+    pred: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    grad_weights: Tensor,
+    old_scores: Tensor,
+    advantages: Tensor,
+    ref_scores: Tensor | None,
+    *options_and_backend: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *options, backend = options_and_backend
+    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = (
+        _MODULES[backend]
+        .load()
+        .forward(pred, target, weights, grad_weights, old_scores, advantages, ref_scores, *options)
+    )
+    loss, energies = results[0], results[3]
+    drop = options[-2]
+    # Here and not in the public function, so that a compiled graph checks as well.
+    if not drop and loss.device.type == "cpu" and not math.isfinite(loss.item()):
+        refuse_nonfinite(
+            energies=energies, old_scores=old_scores, advantages=advantages, ref_scores=ref_scores
+        )
+    return results
+
+
+def _forward_fake(
+    pred: Tensor,
+    target: Tensor,
+    weights: Tensor,
+    grad_weights: Tensor,
+    old_scores: Tensor,
+    advantages: Tensor,
+    ref_scores: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    G, needs_grad = pred.shape[0], options[-2]
+    dtype = torch.promote_types(pred.dtype, torch.float32)
+    return (
+        pred.new_empty((), dtype=dtype),
+        pred.new_empty(6, dtype=dtype),
+        pred.new_empty(4, G, dtype=dtype),
+        pred.new_empty(G, dtype=dtype),
+        pred.new_empty(pred.shape if needs_grad else 0),
+    )
+
+
+torch.library.impl("kvpo::tve_grpo", ("cpu", "cuda"), _forward_impl)
+torch.library.register_fake("kvpo::tve_grpo", _forward_fake)
+_forward = torch.ops.kvpo.tve_grpo.default

@@ -1,0 +1,326 @@
+"""Trajectory velocity energies (TVE): how far predictions are from a recorded rollout."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kvpo_kernels import registry
+from kvpo_kernels.errors import ConfigError, DtypeError, ShapeError
+from kvpo_kernels.registry import Backend
+
+OP = "velocity_energy"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Problem(NamedTuple):
+    """What a backend needs to know to accept or refuse a call."""
+
+    device: str
+    dtype: torch.dtype
+
+
+def _why_not_reference(p: Problem) -> str | None:
+    return None
+
+
+BACKENDS: tuple[Backend[Problem], ...] = (
+    Backend("reference", "kvpo_kernels.reference.velocity_energy", _why_not_reference),
+)
+
+
+def trajectory_velocity_energy(
+    pred: Tensor, target: Tensor, step_weights: Tensor, *, backend: str | None = None
+) -> Tensor:
+    r"""Weighted mean squared residual of each branch's predictions over its block-steps.
+
+        energy[g] = sum_s weight[s] * mean((pred[g, s] - target[g, s])^2)
+
+    The negative energy is the branch's score (log-weight): see `velocity_step_weights` for the
+    weights that make it so. Deterministic, and a branch's energy does not depend on the others or
+    on the number of threads.
+
+    Args:
+        pred: `[G, S, ...]`, S block-steps (blocks x denoise steps); float32, float64, bfloat16 or
+            float16; x0 predictions or velocities of the policy. Differentiable.
+        target: shape, dtype and device of `pred`: what the rollout recorded; a constant.
+        step_weights: `[S]`, floating point, on the device of `pred`; a constant.
+        backend: a name in `BACKENDS`; None takes the first that can run.
+
+    Returns:
+        `[G]` float32, float64 for float64 input: 16-bit inputs are subtracted in float32. A branch
+        with a NaN has the energy NaN, the others are not touched; the losses refuse or drop it.
+
+    Raises:
+        ShapeError, DtypeError: naming the argument. Nothing broadcasts.
+        BackendUnavailable: not the named backend can run the call.
+
+    Source: trajectory velocity energy of KVPO (arXiv:2605.14278).
+    """
+    check_trajectories(pred, target)
+    weights = checked_weights(step_weights, pred)
+    chosen = registry.select(OP, BACKENDS, Problem(pred.device.type, pred.dtype), backend).name
+    if pred.requires_grad and torch.is_grad_enabled():
+        return _VelocityEnergy.apply(pred, target, weights, chosen)  # type: ignore[no-untyped-call,no-any-return]
+    return _forward(pred, target, weights, chosen)  # type: ignore[no-any-return]
+
+
+def velocity_gradient(
+    pred: Tensor, target: Tensor, weight: float, kappa: Tensor, *, backend: str | None = None
+) -> Tensor:
+    r"""Gradient of the loss for the predictions of one block-step, from d(loss)/d(scores).
+
+        grad[b] = kappa[b] * d(score)/d(pred) = -2 * weight * kappa[b] * (pred - target)[b] / N
+
+    With it the second pass of a replay goes back through one block-step at a time, without a graph
+    over all of them: `pred.backward(velocity_gradient(...))`.
+
+    Args:
+        pred: `[b, ...]` predictions of b branches, N values each.
+        target: as `pred`.
+        weight: the block-step's weight in the energy.
+        kappa: `[b]`, floating point, on the device of `pred`: the rows of `score_grad`.
+        backend: as in `trajectory_velocity_energy`.
+
+    Returns:
+        shape and dtype of `pred`, contiguous, not differentiable. A zero kappa gives exact zeros.
+
+    Raises:
+        ShapeError, DtypeError: naming the argument.
+    """
+    weights = _one_weight(pred, target, weight)
+    if not isinstance(kappa, Tensor) or not kappa.is_floating_point():
+        raise DtypeError("kappa must be a floating-point tensor")
+    if kappa.shape != pred.shape[:1]:
+        raise ShapeError(f"kappa must be [{pred.shape[0]}], got {list(kappa.shape)}")
+    if kappa.device != pred.device:
+        raise DtypeError(f"kappa must be on {pred.device} like pred, got {kappa.device}")
+    pred, target = pred.detach().unsqueeze(1), target.detach().unsqueeze(1)
+    return energy_gradient(pred, target, weights, -kappa.detach().double(), backend).squeeze(1)
+
+
+class TrajectoryEnergies:
+    """Energies of G branches, summed one block-step at a time: the first pass of a replay.
+
+    Calls may cover different branches and differ in size: each adds a mean over its own values, so
+    ragged windows weigh right. Kept in float64; `energies` is `[G]` in `dtype`.
+    """
+
+    def __init__(
+        self,
+        num_branches: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if num_branches < 1:
+            raise ShapeError(f"num_branches must be >= 1, got {num_branches}")
+        if dtype not in (torch.float32, torch.float64):
+            raise DtypeError(f"dtype must be float32 or float64, got {dtype}")
+        self.num_branches = num_branches
+        self.dtype = dtype
+        self._sum = torch.zeros(num_branches, dtype=torch.float64, device=device)
+
+    @property
+    def energies(self) -> Tensor:
+        """`[G]`, a copy of what was added so far."""
+        return self._sum.to(self.dtype, copy=True)
+
+    def add(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: float,
+        branches: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        """Add `weight * mean((pred - target)^2)` of one block-step to the energies.
+
+        Args:
+            pred: `[b, ...]`, predictions of b branches; not differentiated.
+            target: as `pred`.
+            weight: the block-step's weight.
+            branches: which of the G branches the rows are, without repetition; b = G rows in order
+                if None. A list or a CPU tensor: its values are checked on the host.
+
+        Raises:
+            ShapeError, DtypeError: naming argument, row and limit; nothing was added.
+        """
+        weights = _one_weight(pred, target, weight)
+        if pred.device != self._sum.device:
+            raise DtypeError(f"pred must be on {self._sum.device}, got {pred.device}")
+        rows, G = pred.shape[0], self.num_branches
+        if branches is None:
+            if rows != G:
+                raise ShapeError(f"pred has {rows} rows: name the `branches`, there are {G}")
+            index = list(range(G))
+        else:
+            index = branches.tolist() if isinstance(branches, Tensor) else list(branches)
+            _check_branches(index, rows, G)
+        energy = trajectory_velocity_energy(
+            pred.detach().unsqueeze(1), target.detach().unsqueeze(1), weights
+        ).double()
+        if branches is None:
+            self._sum += energy
+        else:
+            self._sum.index_add_(0, torch.tensor(index, device=self._sum.device), energy)
+
+
+def velocity_step_weights(
+    sigmas: Tensor | Sequence[float],
+    space: Literal["x0", "velocity"] = "x0",
+    sigma_floor: float = 1.0,
+) -> Tensor:
+    r"""Weights that turn mean squared residuals into the energies of KVPO's branch policy.
+
+    With `s = max(sigma, sigma_floor)`:
+
+        space "x0":        weight = 1 / (2 s^2)              residuals of x0 predictions
+        space "velocity":  weight = sigma^2 / (2 s^2)        residuals of velocities
+
+    Since x0 = x_t - sigma * v, the residuals differ by the factor sigma and both spaces give the
+    same energies. The released configuration has sigma_floor 1, that is, x0 residuals over 2; a
+    floor of 0 is the plain velocity energy, v residuals over 2.
+
+    Args:
+        sigmas: noise level of each block-step, dimensionless, > 0; any shape.
+        space: what `pred` and `target` hold.
+        sigma_floor: >= 0.
+
+    Returns:
+        float64, shape and device of `sigmas`.
+
+    Raises:
+        ShapeError: a sigma is not positive and finite; names the steps.
+        ConfigError: an unknown space or a bad floor.
+
+    Source: KVPO (arXiv:2605.14278); the released trainer's log_prob_sigma_floor.
+    """
+    if space not in ("x0", "velocity"):
+        raise ConfigError(f"space must be 'x0' or 'velocity', got {space!r}")
+    if not 0 <= sigma_floor < float("inf"):
+        raise ConfigError(f"sigma_floor must be >= 0 and finite, got {sigma_floor}")
+    sigma = torch.as_tensor(sigmas, dtype=torch.float64).detach()
+    bad = (~((sigma > 0) & sigma.isfinite())).nonzero().tolist()
+    if bad:
+        steps = [i[0] if len(i) == 1 else i for i in bad]
+        values = [float(sigma[tuple(i)]) for i in bad]
+        raise ShapeError(f"sigmas must be > 0 and finite, got {values} at steps {steps}")
+    weight = 0.5 / sigma.clamp_min(sigma_floor).square()
+    return weight if space == "x0" else weight * sigma.square()
+
+
+def energy_gradient(
+    pred: Tensor, target: Tensor, weights: Tensor, grad_energy: Tensor, backend: str | None
+) -> Tensor:
+    """Return d(sum_g grad_energy[g] energy[g])/d(pred) of checked `[G, S, ...]` trajectories."""
+    chosen = registry.select(OP, BACKENDS, Problem(pred.device.type, pred.dtype), backend).name
+    return _backward(pred, target, weights, grad_energy, chosen)  # type: ignore[no-any-return]
+
+
+def check_trajectories(pred: Tensor, target: Tensor) -> None:
+    """Check `[G, S, ...]` predictions against their targets; metadata only."""
+    for name, t in (("pred", pred), ("target", target)):
+        if not isinstance(t, Tensor):
+            raise DtypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if pred.dtype not in DTYPES:
+        raise DtypeError(f"pred must be one of {DTYPES}, got {pred.dtype}")
+    if pred.ndim < 2 or pred.numel() == 0:
+        raise ShapeError(f"pred must be [G, S, ...] and not empty, got {list(pred.shape)}")
+    if target.shape != pred.shape:
+        raise ShapeError(f"target must be {list(pred.shape)} like pred, got {list(target.shape)}")
+    if target.dtype is not pred.dtype:
+        raise DtypeError(f"target must be {pred.dtype} like pred, got {target.dtype}")
+    if target.device != pred.device:
+        raise DtypeError(f"target must be on {pred.device} like pred, got {target.device}")
+    if target.requires_grad:
+        raise ShapeError("target requires grad, but it is a constant here: detach it")
+
+
+def checked_weights(step_weights: Tensor, pred: Tensor) -> Tensor:
+    """Check `[S]` weights against the predictions and return them in float64."""
+    if not isinstance(step_weights, Tensor) or not step_weights.is_floating_point():
+        raise DtypeError("step_weights must be a floating-point tensor")
+    if step_weights.ndim != 1 or step_weights.shape[0] != pred.shape[1]:
+        raise ShapeError(f"step_weights must be [{pred.shape[1]}], got {list(step_weights.shape)}")
+    if step_weights.device != pred.device:
+        raise DtypeError(f"step_weights must be on {pred.device}, got {step_weights.device}")
+    if step_weights.requires_grad:
+        raise ShapeError("step_weights requires grad, but it is a constant here: detach it")
+    return step_weights.double()
+
+
+def _one_weight(pred: Tensor, target: Tensor, weight: float) -> Tensor:
+    if not isinstance(pred, Tensor) or pred.ndim < 1:
+        raise ShapeError("pred must be a tensor [b, ...]")
+    if not isinstance(target, Tensor) or target.shape != pred.shape:
+        got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
+        raise ShapeError(f"target must be {list(pred.shape)} like pred, got {got}")
+    check_trajectories(pred.detach().unsqueeze(1), target.detach().unsqueeze(1))
+    if not abs(float(weight)) < float("inf"):
+        raise ShapeError(f"weight must be finite, got {weight}")
+    return torch.tensor([float(weight)], dtype=torch.float64, device=pred.device)
+
+
+def _check_branches(index: list[int], rows: int, num_branches: int) -> None:
+    if len(index) != rows:
+        raise ShapeError(f"branches must name the {rows} rows of pred, got {len(index)}")
+    for row, branch in enumerate(index):
+        if type(branch) is not int:
+            raise DtypeError(f"branches[{row}] must be an int, got {branch!r}")
+        if not 0 <= branch < num_branches:
+            raise ShapeError(f"branches[{row}] = {branch} not in [0, {num_branches})")
+        if branch in index[:row]:
+            raise ShapeError(f"branches[{row}] = {branch} is named twice")
+
+
+torch.library.define(
+    "kvpo::velocity_energy_forward",
+    "(Tensor pred, Tensor target, Tensor weights, str backend) -> Tensor",
+)
+torch.library.define(
+    "kvpo::velocity_energy_backward",
+    "(Tensor pred, Tensor target, Tensor weights, Tensor grad_energy, str backend) -> Tensor",
+)
+_MODULES = {b.name: b for b in BACKENDS}
+
+
+def _forward_impl(pred: Tensor, target: Tensor, weights: Tensor, backend: str) -> Tensor:
+    return _MODULES[backend].load().forward(pred, target, weights)  # type: ignore[no-any-return]
+
+
+def _backward_impl(
+    pred: Tensor, target: Tensor, weights: Tensor, grad_energy: Tensor, backend: str
+) -> Tensor:
+    return _MODULES[backend].load().backward(pred, target, weights, grad_energy)  # type: ignore[no-any-return]
+
+
+def _forward_fake(pred: Tensor, target: Tensor, weights: Tensor, backend: str) -> Tensor:
+    return pred.new_empty(pred.shape[0], dtype=torch.promote_types(pred.dtype, torch.float32))
+
+
+def _backward_fake(pred: Tensor, *_: object) -> Tensor:
+    return pred.new_empty(pred.shape)
+
+
+torch.library.impl("kvpo::velocity_energy_forward", ("cpu", "cuda"), _forward_impl)
+torch.library.impl("kvpo::velocity_energy_backward", ("cpu", "cuda"), _backward_impl)
+torch.library.register_fake("kvpo::velocity_energy_forward", _forward_fake)
+torch.library.register_fake("kvpo::velocity_energy_backward", _backward_fake)
+_forward = torch.ops.kvpo.velocity_energy_forward.default
+_backward = torch.ops.kvpo.velocity_energy_backward.default
+
+
+class _VelocityEnergy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pred, target, weights, backend):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(pred, target, weights)
+        ctx.backend = backend
+        return _forward(pred, target, weights, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_energy):  # type: ignore[no-untyped-def]
+        grad = _backward(*ctx.saved_tensors, grad_energy, ctx.backend)
+        return grad, None, None, None

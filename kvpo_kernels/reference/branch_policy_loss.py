@@ -1,0 +1,77 @@
+"""`branch_policy_loss` in plain PyTorch: the objective and its closed-form gradient, in float64."""
+
+import math
+
+import torch
+from torch import Tensor
+
+KL_EPSILON = 1e-10  # of the official KL: pi * (log(pi + eps) - log pi_ref)
+
+
+def forward(
+    scores: Tensor,
+    old_scores: Tensor,
+    advantages: Tensor,
+    ref_scores: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    log_ratio_clamp: float,
+    min_entropy_ratio: float,
+    scale: float,
+    branch_mass: float,
+    drop: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `(loss, statistics, branches)`.
+
+    `statistics` is `[6]`: GRPO term, KL, entropy, clip fraction, skip, dropped branches;
+    `branches` is `[4, G]`: score gradient, ratio, log-ratio, and 1 where the inputs are finite.
+    No value is read on the host. Without `drop`, one non-finite input makes everything NaN.
+    """
+    s, old, A = scores.double(), old_scores.double(), advantages.double()
+    ref = old if ref_scores is None else ref_scores.double()
+    finite = s.isfinite() & old.isfinite() & A.isfinite() & ref.isfinite()
+    kept = finite if drop else torch.ones_like(finite)
+    count = kept.sum()
+    n = count.clamp_min(1)
+
+    log_pi, log_old, log_ref = (_log_softmax(x, kept) for x in (s, old, ref))
+    pi = torch.where(kept, log_pi.exp(), 0.0)
+    A = torch.where(kept, A, 0.0)
+    log_ratio = log_pi - log_old
+    ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp()
+    low, high = 1 - clip_low, 1 + clip_high
+    grpo = -torch.minimum(ratio * A, ratio.clamp(low, high) * A).sum() / n
+    log_pi_eps = (pi + KL_EPSILON).log()
+    kl = (pi * (log_pi_eps - log_ref)).sum()
+    loss = scale * (grpo + kl_coef * kl)
+
+    clipped = ((A > 0) & (ratio > high)) | ((A < 0) & (ratio < low))
+    active = ~clipped & (log_ratio.abs() <= log_ratio_clamp)
+    a = torch.where(active, -A * ratio / n, 0.0)
+    c = log_pi_eps - log_ref + pi / (pi + KL_EPSILON)
+    grad = scale * (a - pi * a.sum() + kl_coef * pi * (c - (pi * c).sum()))
+
+    outside = ((ratio < low) | (ratio > high)) & kept
+    # The entropy of the branches' entries of a distribution that leaves them `branch_mass`.
+    entropy = -branch_mass * (pi * log_pi).sum() - branch_mass * math.log(branch_mass) * pi.sum()
+    skip = entropy > n.double().log() * (1 - min_entropy_ratio)
+    skip = skip & (min_entropy_ratio > 0)
+    nan = float("nan")
+    poison = torch.where(finite.all() | drop, 0.0, nan)
+    statistics = torch.stack(
+        [grpo, kl, entropy, outside.double().sum() / n, skip.double(), (~kept).sum().double()]
+    )
+    no_ratio = torch.where(kept, 0.0, nan)
+    branches = torch.stack(
+        [grad + poison, ratio + no_ratio + poison, log_ratio + no_ratio + poison, finite.double()]
+    )
+    out = scores.dtype
+    return (loss + poison).to(out), (statistics + poison).to(out), branches.to(out)
+
+
+def _log_softmax(x: Tensor, kept: Tensor) -> Tensor:
+    """Log-softmax over the kept entries; 0 for the others, which no sum uses."""
+    peak = torch.where(kept, x, -torch.inf).amax()
+    shifted = torch.where(kept, x - peak, -torch.inf)
+    return torch.where(kept, shifted - shifted.exp().sum().log(), 0.0)

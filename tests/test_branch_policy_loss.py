@@ -1,0 +1,308 @@
+"""The closed forms against autograd of the formulas as written, in float64."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvpo_kernels import (
+    BackendUnavailable,
+    BranchPolicyLoss,
+    ContrastiveObjective,
+    anchor_advantages,
+    branch_policy_loss,
+    fuse_advantages,
+)
+from kvpo_kernels.ops.branch_policy_loss import BACKENDS
+
+NAMES = [b.name for b in BACKENDS]
+each_backend = pytest.mark.parametrize("backend", NAMES)
+
+
+def loss(backend: str, *args: Any, **kwargs: Any) -> BranchPolicyLoss:
+    try:
+        return branch_policy_loss(*args, **kwargs, backend=backend)
+    except BackendUnavailable as e:
+        pytest.skip(str(e))
+
+
+def as_written(
+    l: Tensor, old: Tensor, A: Tensor, ref: Tensor | None, o: ContrastiveObjective, safe: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The objective from torch operations only, to be differentiated by autograd."""
+    lp, lpo = l.log_softmax(0), old.log_softmax(0)
+    rho = (lp - lpo).clamp(-o.log_ratio_clamp, o.log_ratio_clamp).exp()
+    clipped = rho.clamp(1 - o.clip_range_low, 1 + o.clip_range_high)
+    grpo = -torch.min(rho * A, clipped * A).mean()
+    kl = (
+        lp.exp() * ((lp.exp() + 1e-10).log() - (lpo if ref is None else ref.log_softmax(0)))
+    ).sum()
+    k = 1.0 if safe else {"mechanism_1": 0.0, "mechanism_2": 0.5}[o.protect]
+    # Unsafe mechanism_2: the branches' entries of softmax([log pi, 0]).
+    halved = not safe and o.protect == "mechanism_2"
+    q = torch.cat([lp, torch.zeros(1)]).log_softmax(0)[:-1] if halved else lp
+    entropy = -(q.exp() * q).sum()
+    return k * (grpo + o.kl_coef * kl), grpo, kl, entropy
+
+
+def random_case(i: int) -> dict[str, Any]:
+    """Case i of a fixed sequence that visits ties, zeros, clips, clamps, G = 1 and underflow."""
+    g = torch.Generator().manual_seed(i)
+    G = [1, 2, 3, 8, 9, 16][i % 6]
+    u = lambda *n: torch.rand(*n, generator=g, dtype=torch.float64)
+    spread = [0.0, 1e-3, 0.3, 3.0, 40.0, 1000.0, 1e5][int(7 * u(1))]
+    old = spread * torch.randn(G, generator=g, dtype=torch.float64)
+    step = [0.0, 0.02, 0.3, 30.0][int(4 * u(1))]
+    scores = old + step * torch.randn(G, generator=g, dtype=torch.float64)
+    if u(1) < 0.2:
+        scores = scores.round()  # ties
+    A = torch.randn(G, generator=g, dtype=torch.float64).clamp(-2.5, 2.5)
+    A = torch.where(u(G) < 0.2, 0.0, A)
+    ref = None if u(1) < 0.3 else old + 0.5 * torch.randn(G, generator=g, dtype=torch.float64)
+    objective = ContrastiveObjective(
+        clip_range_low=0.3 * u(1).item(),
+        clip_range_high=0.3 + 0.3 * u(1).item(),
+        kl_coef=[0.0, 0.1, 10.0][int(3 * u(1))],
+        protect=["mechanism_1", "mechanism_2"][int(2 * u(1))],  # type: ignore[arg-type]
+        log_ratio_clamp=[20.0, 2.0][int(2 * u(1))],
+        min_update_entropy_ratio=[0.0, 0.05, 0.5][int(3 * u(1))],
+    )
+    return dict(l=scores, old=old, A=A, ref=ref, o=objective, safe=bool(u(1) < 0.5))
+
+
+@each_backend
+def test_values_and_gradients_equal_autograd_over_2400_cases(backend: str) -> None:
+    seen = dict.fromkeys(("clipped", "clamped", "underflow", "tie", "single", "skip"), 0)
+    for i in range(2400):
+        c = random_case(i)
+        l, o = c["l"].requires_grad_(), c["o"]
+        expected, grpo, kl, entropy = as_written(**c)
+        (grad,) = torch.autograd.grad(expected, l)
+        r = loss(backend, l, c["old"], c["A"], c["ref"], objective=o, safe=c["safe"])
+        # Relative to the largest term of the sum: exp(20) A in a clamped branch is 1e9.
+        rho = r.ratio.max().item()
+        size = max(1.0, rho, o.kl_coef * kl.abs().item())
+        for name, ours, theirs in (
+            ("loss", r.loss, expected),
+            ("score_grad", r.score_grad, grad),
+            ("grpo_loss", r.grpo_loss, grpo),
+            ("kl", r.kl, kl),
+            ("entropy", r.entropy, entropy),
+        ):
+            error = (ours - theirs).abs().max().item() / size
+            assert error <= 1e-12, f"case {i}: {name} is off by {error}"
+        assert r.score_grad.sum().abs().item() <= 1e-12 * size, f"case {i}"
+        limit = math.log(len(l)) * (1 - o.min_update_entropy_ratio)
+        if abs(entropy.item() - limit) > 1e-12:
+            assert bool(r.skip) == (o.min_update_entropy_ratio > 0 and entropy.item() > limit)
+        low, high = 1 - o.clip_range_low, 1 + o.clip_range_high
+        outside = (r.ratio < low) | (r.ratio > high)
+        assert r.clip_fraction.item() == pytest.approx(outside.double().mean().item(), abs=1e-15)
+        seen["clipped"] += bool(outside.any())
+        seen["clamped"] += bool((r.log_ratio.abs() > o.log_ratio_clamp).any())
+        seen["underflow"] += bool((l.detach().softmax(0) == 0).any())
+        seen["tie"] += bool(len(set(l.tolist())) < len(l))
+        seen["single"] += len(l) == 1
+        seen["skip"] += bool(r.skip)
+    assert min(seen.values()) >= 100, f"the cases do not reach what they are for: {seen}"
+
+
+@each_backend
+def test_backward_is_the_score_gradient(backend: str) -> None:
+    c = random_case(9)
+    l = c["l"].requires_grad_()
+    r = loss(backend, l, c["old"], c["A"])
+    (once,) = torch.autograd.grad(r.loss, l, retain_graph=True)
+    assert torch.equal(once, r.score_grad)
+    (thrice,) = torch.autograd.grad(3 * r.loss, l, retain_graph=True)
+    assert torch.equal(thrice, 3 * r.score_grad)
+    r.loss.backward(retain_graph=True)
+    r.loss.backward()  # accumulation must not write into what the graph keeps
+    assert torch.equal(l.grad, 2 * once) and torch.equal(r.score_grad, once)
+
+
+@each_backend
+def test_gradcheck(backend: str) -> None:
+    c = random_case(3 + 6 * 5)
+    old = torch.linspace(-1, 1, 8, dtype=torch.float64)
+    A = torch.tensor([1.0, -1, 0.5, 0, 2, -2, 0.3, -0.3], dtype=torch.float64)
+    l = (old + 0.01 * torch.arange(8)).requires_grad_()  # away from the kinks of clip and clamp
+    assert torch.autograd.gradcheck(lambda s: loss(backend, s, old, A, objective=c["o"]).loss, (l,))
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@given(st.lists(st.floats(-1e5, 1e5), min_size=1, max_size=9))
+@settings(max_examples=40, deadline=None)
+def test_the_ratio_at_the_old_policy_is_exactly_one(
+    backend: str, dtype: torch.dtype, values: list[float]
+) -> None:
+    s = torch.tensor(values, dtype=dtype)
+    r = loss(backend, s, s.clone(), torch.ones_like(s))
+    assert r.ratio.dtype is dtype
+    assert torch.equal(r.ratio, torch.ones_like(s)) and r.clip_fraction == 0
+
+
+@each_backend
+def test_float32_results_are_the_rounded_float64_ones(backend: str) -> None:
+    c = random_case(21)
+    wide = [c[k] if c[k] is None else c[k].float().double() for k in ("l", "old", "A", "ref")]
+    narrow = [x if x is None else x.float() for x in wide]
+    a = loss(backend, *narrow, objective=c["o"], safe=False)
+    b = loss(backend, *wide, objective=c["o"], safe=False)
+    assert torch.equal(a.loss, b.loss.float()) and torch.equal(a.branches, b.branches.float())
+
+
+@each_backend
+def test_protection(backend: str) -> None:
+    s, A = torch.tensor([0.3, 0.1, -0.2]), torch.tensor([1.0, -1.0, 0.5])
+    both = [ContrastiveObjective(protect=p) for p in ("mechanism_1", "mechanism_2")]  # type: ignore[arg-type]
+    safe = loss(backend, s, s, A, objective=both[0])
+    for objective, scale in zip(both, (0.0, 0.5), strict=True):
+        assert loss(backend, s, s, A, objective=objective).scale == 1.0
+        r = loss(backend, s, s, A, objective=objective, safe=False)
+        assert type(r.scale) is float and r.scale == scale
+        assert torch.equal(r.score_grad, scale * safe.score_grad)
+        assert torch.equal(r.loss, scale * safe.loss) and torch.equal(r.grpo_loss, safe.grpo_loss)
+
+
+@each_backend
+def test_the_entropy_rule(backend: str) -> None:
+    s = torch.zeros(4, dtype=torch.float64)
+    at = lambda ratio, safe=True: loss(
+        backend,
+        s,
+        s,
+        s,
+        objective=ContrastiveObjective(min_update_entropy_ratio=ratio),
+        safe=safe,
+    )
+    assert at(0.0).skip.dtype is torch.bool and not at(0.0).skip
+    assert at(0.01).skip  # a uniform policy has the entropy log 4
+    assert at(0.01).entropy.item() == pytest.approx(math.log(4))
+    half = at(0.01, safe=False)
+    assert half.entropy.item() == pytest.approx(math.log(4) / 2 + math.log(2) / 2)
+    assert not half.skip and at(0.3, safe=False).skip  # 1.04 against 0.99 and 0.7 times log 4
+
+
+@each_backend
+def test_without_a_reference_the_old_policy_is_it(backend: str) -> None:
+    c = random_case(9)
+    a = loss(backend, c["l"], c["old"], c["A"])
+    b = loss(backend, c["l"], c["old"], c["A"], c["old"])
+    assert a.kl_reference == "old" and b.kl_reference == "given"
+    assert torch.equal(a.loss, b.loss) and torch.equal(a.branches, b.branches)
+
+
+@each_backend
+def test_dropping_equals_leaving_out(backend: str) -> None:
+    c = random_case(3 + 6 * 7)
+    old, A, ref = c["old"], c["A"], c["old"] + 0.1
+    l = (old + 0.05).clone()
+    keep = torch.tensor([0, 2, 3, 6])
+    few = loss(backend, l[keep], old[keep], A[keep], ref[keep])
+    l[1], old[4], A[5], ref[7] = float("nan"), float("inf"), float("nan"), -float("inf")
+    l.requires_grad_()
+    r = loss(backend, l, old, A, ref, nonfinite="drop")
+    assert r.dropped == 4 and few.dropped == 0
+    assert torch.equal(r.score_grad[keep], few.score_grad)
+    assert (r.score_grad[[1, 4, 5, 7]] == 0).all() and r.ratio[[1, 4, 5, 7]].isnan().all()
+    for name in ("loss", "kl", "entropy", "clip_fraction", "grpo_loss"):
+        assert torch.equal(getattr(r, name), getattr(few, name)), name
+    r.check()
+    r.loss.backward()
+    assert torch.equal(l.grad, r.score_grad)
+
+
+@each_backend
+def test_all_dropped_is_zero_loss(backend: str) -> None:
+    s = torch.full((3,), float("nan"), requires_grad=True)
+    r = loss(backend, s, torch.zeros(3), torch.zeros(3), nonfinite="drop")
+    assert r.loss == 0 and r.dropped == 3 and (r.score_grad == 0).all() and not r.skip
+
+
+@each_backend
+def test_compiles_fully_and_passes_opcheck(backend: str) -> None:
+    c = random_case(9)
+    args = (c["l"], c["old"], c["A"], c["ref"])
+    loss(backend, *args)
+    f = torch.compile(
+        lambda s: branch_policy_loss(s, *args[1:], backend=backend),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    leaf, eager_leaf = (c["l"].clone().requires_grad_() for _ in range(2))
+    compiled, eager = f(leaf), loss(backend, eager_leaf, *args[1:])
+    assert torch.equal(compiled.loss, eager.loss) and torch.equal(compiled.ratio, eager.ratio)
+    assert compiled.scale == 1.0
+    (2 * compiled.loss).backward()
+    (2 * eager.loss).backward()
+    assert torch.equal(leaf.grad, eager_leaf.grad)
+    with pytest.raises(ValueError, match=r"scores must be finite, got \[nan\] for branches \[1\]"):
+        f(torch.where(torch.arange(len(leaf)) == 1, torch.nan, c["l"]))
+    scalars = (0.1, 0.2, 10.0, 20.0, 0.0, 1.0, 1.0, False)
+    torch.library.opcheck(torch.ops.kvpo.branch_policy_loss.default, (*args, *scalars, backend))
+
+
+# Advantages -------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**20))
+@settings(max_examples=50, deadline=None)
+def test_anchor_advantages_are_those_of_the_formula(C: int, G: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    r, anchor, w = (torch.randn(*n, generator=g, dtype=torch.float64) for n in ((C, G), (C,), (C,)))
+    expected = torch.zeros(G, dtype=torch.float64)
+    for c in range(C):
+        std = torch.cat([r[c], anchor[c : c + 1]]).std(unbiased=True)
+        expected += w[c] * (r[c] - anchor[c]) / (std + 1e-8)
+    torch.testing.assert_close(anchor_advantages(r, anchor, w), expected, rtol=1e-11, atol=1e-12)
+    one = anchor_advantages(r[0].float(), anchor[0].item())
+    assert one.dtype is torch.float32 and one.shape == (G,)
+
+
+def test_equal_rewards_have_no_advantage() -> None:
+    r = torch.full((2, 7), 0.1)
+    assert torch.equal(anchor_advantages(r, r[:, 0], [1.0, 2.0]), torch.zeros(7))
+    assert anchor_advantages(r[0, :1], 0.1 + 1.0).tolist() == pytest.approx([-(2**0.5)])
+
+
+def test_fusion_modes() -> None:
+    local = torch.tensor([1.0, 2.0, -1.0, 4.0], dtype=torch.float64)
+    far = torch.tensor([-2.0, 0.0, 2.0, 8.0], dtype=torch.float64)
+    std = lambda x: x / x.std(unbiased=False)
+    z = lambda x: (x - x.mean()) / x.std(unbiased=False)
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+    close(fuse_advantages(local), std(local))
+    close(fuse_advantages(local, far, clamp=None), std(local) + 0.5 * std(far))
+    close(fuse_advantages(local, far), (std(local) + 0.5 * std(far)).clamp(-2.5, 2.5))
+    close(fuse_advantages(local, far, 2.0, -1.0, mode="zscore", clamp=None), 2 * z(local) - z(far))
+    close(fuse_advantages(local, far, mode="none", clamp=3.0), (local + far / 2).clamp(-3, 3))
+    assert torch.equal(fuse_advantages(local[:1]), local[:1])  # no deviation: not divided by
+    same = torch.full((7,), 0.1)
+    assert torch.equal(fuse_advantages(same, mode="zscore"), torch.zeros(7))
+
+
+def test_dropping_advantages_equals_leaving_out() -> None:
+    r = torch.tensor([[1.0, 2.0, float("nan"), 0.5], [0.0, 3.0, 1.0, 2.0]], dtype=torch.float64)
+    anchor = torch.tensor([0.7, 1.0], dtype=torch.float64)
+    keep = [0, 1, 3]
+    a = anchor_advantages(r, anchor, nonfinite="drop")
+    first = anchor_advantages(r[:1, keep], anchor[:1])
+    second = anchor_advantages(r[1:], anchor[1:])[keep]  # finite in branch 2: it counts there
+    assert a[2].isnan()
+    torch.testing.assert_close(a[keep], first + second, rtol=1e-14, atol=1e-14)
+    fused = fuse_advantages(a, mode="zscore", nonfinite="drop")
+    torch.testing.assert_close(
+        fused[keep], fuse_advantages(a[keep], mode="zscore"), rtol=1e-14, atol=1e-14
+    )
+    assert fused[2].isnan()
+    s = torch.zeros(4, dtype=torch.float64)
+    r4 = branch_policy_loss(s, s, fused, nonfinite="drop")
+    assert r4.dropped == 1 and r4.loss.isfinite()
+    gone = anchor_advantages(torch.full((2,), float("nan")), 0.0, nonfinite="drop")
+    assert gone.isnan().all()

@@ -1,0 +1,181 @@
+"""The fused loss against its parts, against autograd in float64, and its autograd behaviour."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvpo_kernels import (
+    BackendUnavailable,
+    ContrastiveObjective,
+    TveGrpoLoss,
+    branch_policy_loss,
+    trajectory_velocity_energy,
+    tve_grpo_loss,
+)
+from kvpo_kernels.ops.tve_grpo import BACKENDS
+
+NAMES = [b.name for b in BACKENDS]
+each_backend = pytest.mark.parametrize("backend", NAMES)
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+OBJECTIVE = ContrastiveObjective(clip_range_low=0.3, clip_range_high=0.4)
+
+
+def tve(backend: str, *args: Any, **kwargs: Any) -> TveGrpoLoss:
+    try:
+        return tve_grpo_loss(*args, **kwargs, backend=backend)
+    except BackendUnavailable as e:
+        pytest.skip(str(e))
+
+
+def make(dtype: torch.dtype, G: int = 4, S: int = 3, rest: tuple[int, ...] = (5, 401)) -> Any:
+    g = torch.Generator().manual_seed(G)
+    normal = lambda *n: torch.randn(*n, generator=g, dtype=torch.float64)
+    pred = normal(G, S, *rest).to(dtype)
+    target = (pred + 0.5 * normal(G, S, *rest)).to(dtype)
+    weights = torch.linspace(0.2, 0.5, S, dtype=torch.float64)
+    score = torch.float64 if dtype is torch.float64 else torch.float32
+    e = trajectory_velocity_energy(pred, target, weights)
+    old, ref = ((0.1 * normal(G)).to(score) - e for _ in range(2))
+    return pred, target, weights, old, normal(G).to(score), ref
+
+
+def parts(
+    pred: Tensor, target: Tensor, weights: Tensor, *scores: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient by autograd through torch operations, in float64."""
+    p = pred.detach().double().requires_grad_()
+    used = p if mask is None else torch.where(mask.view(-1, *[1] * (p.ndim - 2)), p, p.detach())
+    mse = (used - target.double()).square().flatten(2).mean(-1)
+    energy = (mse * weights.double()).sum(1)
+    loss = branch_policy_loss(-energy, *(s.double() for s in scores), objective=OBJECTIVE).loss
+    return loss.detach(), torch.autograd.grad(loss, p)[0]
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_and_gradient_are_those_of_the_parts(
+    dtype: torch.dtype, masked: bool, backend: str
+) -> None:
+    inputs = make(dtype)
+    mask = torch.tensor([True, False, True]) if masked else None
+    pred = inputs[0].requires_grad_()
+    r = tve(backend, pred, *inputs[1:], objective=OBJECTIVE, grad_steps=mask)
+    loss, grad = parts(*inputs, mask=mask)
+    # The energies are good to 1e-6 relative and of size 0.1; KL_coef 10 multiplies their error.
+    slack = 1e-12 if dtype is torch.float64 else 1e-5
+    torch.testing.assert_close(r.loss.detach().double(), loss, rtol=slack, atol=slack)
+    r.loss.backward()
+    assert pred.grad.dtype is dtype
+    error = (pred.grad.double() - grad).abs().max() / grad.abs().max()
+    assert error <= torch.finfo(dtype).eps + slack
+    if masked:
+        assert (pred.grad[:, 1] == 0).all()
+    torch.testing.assert_close(
+        r.energies, trajectory_velocity_energy(pred.detach(), *inputs[1:3]), rtol=1e-6, atol=0
+    )
+
+
+@each_backend
+@each_dtype
+def test_the_backward_is_one_scale(dtype: torch.dtype, backend: str) -> None:
+    pred, *rest = make(dtype)
+    pred.requires_grad_()
+    r = tve(backend, pred, *rest)
+    (once,) = torch.autograd.grad(r.loss, pred, retain_graph=True)
+    (half,) = torch.autograd.grad(0.5 * r.loss, pred, retain_graph=True)
+    assert torch.equal(half, 0.5 * once)
+    kept = once.clone()
+    r.loss.backward(retain_graph=True)
+    r.loss.backward(retain_graph=True)
+    r.loss.backward()  # accumulation must not write into what the graph keeps
+    assert torch.equal(once, kept)
+    torch.testing.assert_close(pred.grad, 3 * kept, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@each_backend
+def test_without_grad_nothing_is_kept(backend: str) -> None:
+    pred, *rest = make(torch.float32)
+    a = tve(backend, pred, *rest)
+    with torch.no_grad():
+        b = tve(backend, pred.clone().requires_grad_(), *rest)
+    with torch.inference_mode():
+        c = tve(backend, pred, *rest)
+    assert not a.loss.requires_grad and not b.loss.requires_grad
+    assert torch.equal(a.loss, b.loss) and torch.equal(a.branches, c.branches)
+
+
+@each_backend
+def test_gradcheck(backend: str) -> None:
+    pred, target, weights, old, A, ref = make(torch.float64, rest=(3,))
+    old = -trajectory_velocity_energy(pred, target, weights) + 0.01 * torch.arange(4)
+    pred.requires_grad_()
+    f = lambda p: tve(backend, p, target, weights, old, A, ref, objective=OBJECTIVE).loss
+    assert torch.autograd.gradcheck(f, (pred,))
+
+
+@each_backend
+def test_the_ratio_at_the_old_policy_is_exactly_one(backend: str) -> None:
+    pred, target, weights, _, A, _ = make(torch.float32)
+    first = tve(backend, pred, target, weights, A, A)
+    again = tve(backend, pred, target, weights, -first.energies, A)
+    assert torch.equal(again.ratio, torch.ones(4))
+
+
+@each_backend
+def test_ragged_leading_shapes_and_strides(backend: str) -> None:
+    pred, *rest = make(torch.float32)
+    turned = pred.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0).requires_grad_()
+    plain = pred.clone().requires_grad_()
+    for p in (turned, plain):
+        tve(backend, p, *rest).loss.backward()
+    assert torch.equal(turned.grad, plain.grad)
+
+
+@each_backend
+def test_compiles_fully_and_passes_opcheck(backend: str) -> None:
+    pred, *rest = make(torch.float32)
+    eager_leaf, leaf = pred.clone().requires_grad_(), pred.clone().requires_grad_()
+    eager = tve(backend, eager_leaf, *rest, grad_steps=[True, True, False])
+    f = torch.compile(
+        lambda p: tve_grpo_loss(p, *rest, grad_steps=[True, True, False], backend=backend),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    compiled = f(leaf)
+    assert torch.equal(compiled.loss, eager.loss) and torch.equal(compiled.kl, eager.kl)
+    (2 * compiled.loss).backward()
+    (2 * eager.loss).backward()
+    assert torch.equal(leaf.grad, eager_leaf.grad)
+    broken = pred.clone()
+    broken[2, 1, 3, 4] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"energies must be finite, got \[nan\] for branches \[2\]"
+    ):
+        f(broken)
+    scalars = (0.1, 0.2, 10.0, 20.0, 0.0, 1.0, 1.0, False)
+    target, weights, old, A, ref = rest
+    for needs_grad in (False, True):
+        torch.library.opcheck(
+            torch.ops.kvpo.tve_grpo.default,
+            (pred, target, weights, weights, old, A, ref, *scalars, needs_grad, backend),
+        )
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_dropped_branch_gets_zeros_and_touches_no_other(dtype: torch.dtype, backend: str) -> None:
+    pred, target, weights, old, A, ref = make(dtype)
+    keep = [0, 2, 3]
+    few = pred[keep].requires_grad_()
+    r_few = tve(backend, few, target[keep], weights, old[keep], A[keep], ref[keep])
+    r_few.loss.backward()
+    pred[1, 0, 0, 0] = float("inf")
+    pred.requires_grad_()
+    r = tve(backend, pred, target, weights, old, A, ref, nonfinite="drop")
+    r.loss.backward()
+    assert r.dropped == 1 and torch.equal(r.loss, r_few.loss)
+    assert torch.equal(pred.grad[keep], few.grad) and (pred.grad[1] == 0).all()
