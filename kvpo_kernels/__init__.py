@@ -2,6 +2,11 @@
 
 from kvpo_kernels.errors import BackendUnavailable as BackendUnavailable
 from kvpo_kernels.errors import KvpoError as KvpoError
+from kvpo_kernels.history.frame_pool import FramePool as FramePool
+from kvpo_kernels.history.frame_pool import Timeline as Timeline
+from kvpo_kernels.history.planning import HistoryRouting as HistoryRouting
+from kvpo_kernels.history.planning import plan_history_routing as plan_history_routing
+from kvpo_kernels.history.route_table import RouteTable as RouteTable
 from kvpo_kernels.ops.advantages import anchor_advantages as anchor_advantages
 from kvpo_kernels.ops.advantages import fuse_advantages as fuse_advantages
 from kvpo_kernels.ops.branch_policy_loss import BranchPolicyLoss as BranchPolicyLoss

@@ -1,0 +1,477 @@
+"""A pool of KV-cache frames with copy-on-write timelines over it.
+
+Bookkeeping is Python integers on the host; the only tensor work is writing frames and the copy
+that a rewrite of a shared frame needs. A *slot* holds one frame of all layers. Whatever refers to a
+slot counts as a reference: timelines, and route tables made by `FramePool.routes` for as long as
+their `slots` tensor lives (a pending backward keeps it alive).
+"""
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvpo_kernels.errors import DtypeError, PoolError, ShapeError
+from kvpo_kernels.history.route_table import RouteTable, Rows
+
+
+@dataclass(frozen=True)
+class PoolStats:
+    """Counts of slots, and the size of the pool in bytes."""
+
+    num_slots: int
+    free_slots: int
+    shared_slots: int  # with more than one reference
+    timeline_slots: int  # held by at least one timeline
+    table_slots: int  # held by at least one route table
+    bytes: int
+
+
+class FramePool:
+    """Slots for the keys and values of `num_slots` frames, shared by all timelines.
+
+    Args:
+        num_slots: F, frames of all branches together that can be held at once.
+        frame_tokens: T, tokens per frame.
+        num_layers: layers of the generator.
+        num_heads: key/value heads.
+        head_dim: D.
+        dtype, device: of the keys and values.
+
+    Memory is `2 * num_layers * num_slots * frame_tokens * num_heads * head_dim` elements, taken
+    once. References are counted on the host; no method synchronises a device.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        frame_tokens: int,
+        num_layers: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        sizes = {
+            "num_slots": num_slots,
+            "frame_tokens": frame_tokens,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ShapeError(f"{name} must be at least 1, got {size}")
+        self.num_slots = num_slots
+        self.frame_tokens = frame_tokens
+        self.num_layers = num_layers
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self._storage = torch.zeros(
+            2, num_layers, num_slots, frame_tokens, num_heads, head_dim, dtype=dtype, device=device
+        )
+        self._all_layers = (1 << num_layers) - 1
+        self._timeline_refs = [0] * num_slots
+        self._table_refs = [0] * num_slots
+        self._written = [0] * num_slots  # bit l: layer l of the slot has been written
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._lock = threading.RLock()
+        # Finalizers run at any allocation, on any thread, possibly while this thread is inside a
+        # method: they only append here, and every method settles the queue first.
+        self._dropped_timelines: deque[dict[int, int]] = deque()
+        self._dropped_tables: deque[set[int]] = deque()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self._storage.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of keys and values."""
+        return self._storage.device
+
+    def k(self, layer: int) -> Tensor:
+        """The keys of a layer, a view `[F, T, H, D]`."""
+        return self._storage[0, layer]
+
+    def v(self, layer: int) -> Tensor:
+        """The values of a layer, a view `[F, T, H, D]`."""
+        return self._storage[1, layer]
+
+    def timeline(self) -> "Timeline":
+        """An empty timeline."""
+        return Timeline(self, {}, 0)
+
+    def routes(
+        self, slot_lists: Sequence[Sequence[int]], allow_duplicates: bool = False
+    ) -> RouteTable:
+        """A table over this pool that keeps its frames alive and unchanged while it lives.
+
+        Args:
+            slot_lists: per row the slots, as `Timeline.window` and `Timeline.routed` give them.
+            allow_duplicates: accept a slot twice in a row.
+
+        Raises:
+            ShapeError: as `RouteTable`; or a slot that no timeline holds or that is not yet
+                written in every layer.
+        """
+        table = RouteTable(slot_lists, self.num_slots, self.device, allow_duplicates)
+        held: set[int] = set()
+
+        def lease(rows: Rows) -> None:
+            wanted = {slot for row in rows for slot in row}
+            with self._lock:
+                self._settle()
+                for b, row in enumerate(rows):
+                    for i, slot in enumerate(row):
+                        self._check_resident(slot, f"route[branch={b}, slot={i}] = {slot}")
+                for slot in wanted:
+                    self._table_refs[slot] += 1
+                previous = set(held)
+                held.clear()
+                held.update(wanted)
+                self._drop_table(previous)
+
+        lease([list(row) for row in slot_lists])
+        table._lease = lease
+        weakref.finalize(table.slots, self._dropped_tables.append, held).atexit = False
+        return table
+
+    def prepare_write(
+        self, timelines: Sequence["Timeline"], first_frame: int, num_frames: int
+    ) -> Tensor:
+        """Slots of the next frames to write, each private to its timeline from here on.
+
+        A slot that anything else refers to is replaced by a fresh one that carries the frame's
+        other layers along (copy-on-write). Once per block, for all layers.
+
+        Args:
+            timelines: B timelines; their frames `first_frame .. first_frame + num_frames - 1` must
+                have been appended.
+
+        Returns:
+            int64 `[B, num_frames]` on the host, all different.
+
+        Raises:
+            ShapeError: a frame that was not appended or was evicted.
+            PoolError: not enough free slots. Nothing has changed then.
+        """
+        if num_frames < 0:
+            raise ShapeError(f"num_frames must be at least 0, got {num_frames}")
+        frames = range(first_frame, first_frame + num_frames)
+        with self._lock:
+            self._settle()
+            uses: dict[int, int] = {}
+            for b, timeline in enumerate(timelines):
+                timeline._check_of(self, f"timelines[{b}]")
+                for frame in frames:
+                    slot = timeline._slot(frame)
+                    uses[slot] = uses.get(slot, 0) + 1
+            # Of a slot's holders that write, the last may keep it when nobody else holds it.
+            fresh_needed = sum(
+                n if self._references(slot) > n else n - 1 for slot, n in uses.items()
+            )
+            if fresh_needed > len(self._free):
+                raise self._exhausted(fresh_needed)
+            copies: list[tuple[int, int]] = []
+            result: list[list[int]] = []
+            for timeline in timelines:
+                row = []
+                for frame in frames:
+                    slot = timeline._frames[frame]
+                    if self._references(slot) > 1:
+                        fresh = self._take()
+                        self._timeline_refs[slot] -= 1
+                        self._written[fresh] = self._written[slot]
+                        timeline._frames[frame] = fresh
+                        if self._written[slot]:
+                            copies.append((slot, fresh))
+                        slot = fresh
+                    row.append(slot)
+                result.append(row)
+            if copies:
+                old, new = torch.tensor(copies, device=self.device).unbind(1)
+                self._storage[:, :, new] = self._storage[:, :, old]
+        return torch.tensor(result, dtype=torch.int64).reshape(len(timelines), num_frames)
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write one layer of the frames that `prepare_write` named.
+
+        Args:
+            slots: int64 `[B, frames]`, from `prepare_write`.
+            k, v: `[B, frames * T, H, D]` or `[B, frames, T, H, D]`, in the pool's dtype.
+
+        Raises:
+            ShapeError, DtypeError: before anything is written.
+        """
+        self._check_layer(layer)
+        B, frames = slots.shape
+        page = (self.frame_tokens, self.num_heads, self.head_dim)
+        flat, split = (B, frames * page[0], *page[1:]), (B, frames, *page)
+        for name, tensor in (("k", k), ("v", v)):
+            if tuple(tensor.shape) not in (flat, split):
+                raise ShapeError(
+                    f"{name} must be {list(flat)} or {list(split)}, got {list(tensor.shape)}"
+                )
+            if tensor.dtype != self.dtype or tensor.device != self.device:
+                raise DtypeError(
+                    f"{name} must be {self.dtype} on {self.device} like the pool, got"
+                    f" {tensor.dtype} on {tensor.device}"
+                )
+        index = slots.reshape(-1).to(self.device)
+        with torch.no_grad():
+            self.k(layer)[index] = k.reshape(B * frames, *page)
+            self.v(layer)[index] = v.reshape(B * frames, *page)
+        self.mark_written(layer, slots)
+
+    def mark_written(self, layer: int, slots: Tensor) -> None:
+        """Record that a kernel wrote one layer of these slots directly, as `write` does."""
+        self._check_layer(layer)
+        with self._lock:
+            for slot in slots.reshape(-1).tolist():
+                self._written[slot] |= 1 << layer
+
+    def stats(self) -> PoolStats:
+        """Counts of the moment."""
+        with self._lock:
+            self._settle()
+            return PoolStats(
+                num_slots=self.num_slots,
+                free_slots=len(self._free),
+                shared_slots=sum(self._references(s) > 1 for s in range(self.num_slots)),
+                timeline_slots=sum(n > 0 for n in self._timeline_refs),
+                table_slots=sum(n > 0 for n in self._table_refs),
+                bytes=self._storage.numel() * self._storage.element_size(),
+            )
+
+    # Below: called with the lock held.
+
+    def _references(self, slot: int) -> int:
+        return self._timeline_refs[slot] + self._table_refs[slot]
+
+    def _is_resident(self, slot: int) -> bool:
+        return self._references(slot) > 0 and self._written[slot] == self._all_layers
+
+    def _check_resident(self, slot: int, what: str) -> None:
+        if self._references(slot) == 0:
+            raise ShapeError(f"{what}: frame not resident: nothing holds this slot")
+        missing = self._all_layers & ~self._written[slot]
+        if missing:
+            first = (missing & -missing).bit_length() - 1
+            raise ShapeError(
+                f"{what}: frame not resident: layer {first} of {self.num_layers} is not yet written"
+            )
+
+    def _check_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.num_layers:
+            raise ShapeError(f"layer = {layer} not in [0, {self.num_layers})")
+
+    def _take(self) -> int:
+        slot = self._free.pop()
+        self._timeline_refs[slot] = 1
+        self._written[slot] = 0
+        return slot
+
+    def _drop_frames(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self._timeline_refs[slot] -= 1
+            if self._references(slot) == 0:
+                self._free.append(slot)
+
+    def _drop_table(self, slots: Iterable[int]) -> None:
+        for slot in slots:
+            self._table_refs[slot] -= 1
+            if self._references(slot) == 0:
+                self._free.append(slot)
+
+    def _settle(self) -> None:
+        while self._dropped_timelines:
+            frames = self._dropped_timelines.popleft()
+            self._drop_frames(frames.values())
+            frames.clear()
+        while self._dropped_tables:
+            self._drop_table(self._dropped_tables.popleft())
+
+    def _exhausted(self, needed: int) -> PoolError:
+        tables_only = sum(
+            t > 0 and r == 0 for t, r in zip(self._table_refs, self._timeline_refs, strict=True)
+        )
+        held = sum(n > 0 for n in self._timeline_refs)
+        return PoolError(
+            f"frame pool: {needed} slots needed, {len(self._free)} of {self.num_slots} free; {held}"
+            f" held by timelines, {tables_only} by route tables or pending backwards only"
+        )
+
+
+class Timeline:
+    """The frames of one video or branch, by absolute index; made by `FramePool.timeline`.
+
+    Frames lost to `evict` are gone for this timeline only. A timeline that is garbage-collected
+    releases its frames.
+    """
+
+    def __init__(self, pool: FramePool, frames: dict[int, int], num_frames: int) -> None:
+        self._pool = pool
+        self._frames = frames  # absolute frame -> slot, ascending
+        self._num_frames = num_frames
+        self._finalizer = weakref.finalize(self, pool._dropped_timelines.append, frames)
+        self._finalizer.atexit = False
+
+    @property
+    def num_frames(self) -> int:
+        """Frames appended so far, evicted ones included: the absolute index of the next one."""
+        return self._num_frames
+
+    @property
+    def committed_frames(self) -> int:
+        """The absolute index after the last frame that is written in every layer."""
+        with self._pool._lock:
+            self._check_of(self._pool, "timeline")
+            for frame in reversed(self._frames):
+                if self._pool._is_resident(self._frames[frame]):
+                    return frame + 1
+        return 0
+
+    @property
+    def resident_frames(self) -> list[int]:
+        """Absolute indices of the frames held and written in every layer."""
+        with self._pool._lock:
+            return [f for f, s in self._frames.items() if self._pool._is_resident(s)]
+
+    def append(self, num_frames: int) -> int:
+        """Reserve slots for the next frames; returns the absolute index of the first.
+
+        Raises:
+            PoolError: not enough free slots; nothing has changed then.
+        """
+        if num_frames < 0:
+            raise ShapeError(f"num_frames must be at least 0, got {num_frames}")
+        pool = self._pool
+        with pool._lock:
+            self._check_of(pool, "timeline")
+            pool._settle()
+            if num_frames > len(pool._free):
+                raise pool._exhausted(num_frames)
+            first = self._num_frames
+            for frame in range(first, first + num_frames):
+                self._frames[frame] = pool._take()
+            self._num_frames += num_frames
+        return first
+
+    def write(self, layer: int, first_frame: int, k: Tensor, v: Tensor) -> None:
+        """Write one layer of appended frames, copy-on-write where a slot is shared.
+
+        Args:
+            k, v: `[frames * T, H, D]` or `[frames, T, H, D]`, in the pool's dtype.
+
+        Raises:
+            ShapeError, DtypeError: a wrong shape, or frames that were not appended.
+            PoolError: a shared slot and no free one to copy it to.
+        """
+        pool = self._pool
+        tokens = k.shape[0] * (k.shape[1] if k.ndim == 4 else 1)
+        if k.ndim not in (3, 4) or tokens % pool.frame_tokens:
+            raise ShapeError(
+                f"k must be [frames * {pool.frame_tokens}, {pool.num_heads}, {pool.head_dim}],"
+                f" got {list(k.shape)}"
+            )
+        pool._check_layer(layer)
+        frames = tokens // pool.frame_tokens
+        page = (frames, pool.frame_tokens, pool.num_heads, pool.head_dim)
+        for name, tensor in (("k", k), ("v", v)):
+            if tensor.numel() != k.numel() or tensor.shape[-2:] != page[-2:]:
+                raise ShapeError(f"{name} must be {list(page)}, got {list(tensor.shape)}")
+            if tensor.dtype != pool.dtype or tensor.device != pool.device:
+                raise DtypeError(
+                    f"{name} must be {pool.dtype} on {pool.device}, got {tensor.dtype} on"
+                    f" {tensor.device}"
+                )
+        slots = pool.prepare_write([self], first_frame, frames)
+        pool.write(layer, slots, k.reshape(1, *page), v.reshape(1, *page))
+
+    def fork(self, num_branches: int) -> list["Timeline"]:
+        """`num_branches` timelines with the same frames; no tensor is touched."""
+        if num_branches < 0:
+            raise ShapeError(f"num_branches must be at least 0, got {num_branches}")
+        pool = self._pool
+        with pool._lock:
+            self._check_of(pool, "timeline")
+            for slot in self._frames.values():
+                pool._timeline_refs[slot] += num_branches
+            return [
+                Timeline(pool, dict(self._frames), self._num_frames) for _ in range(num_branches)
+            ]
+
+    def slot(self, frame: int) -> int:
+        """The slot of a resident frame.
+
+        Raises:
+            ShapeError: the frame is evicted, not yet appended or not yet written in every layer.
+        """
+        with self._pool._lock:
+            slot = self._slot(frame)
+            self._pool._check_resident(slot, f"frame {frame}")
+            return slot
+
+    def window(self, sink: int, local: int) -> list[int]:
+        """Slots of the normal context before the next block: sink and last committed frames.
+
+        Frames that would be in both are listed once; early in a video the list is shorter.
+
+        Raises:
+            ShapeError: a frame of the window has been evicted.
+        """
+        end = self.committed_frames
+        frames = [*range(min(sink, end)), *range(max(sink, end - local), end)]
+        return [self.slot(frame) for frame in frames]
+
+    def routed(self, sink: int, selected: Sequence[int], nearest: int) -> list[int]:
+        """Slots of a routed context: sink, the selected frames in the order given, nearest.
+
+        Args:
+            selected: absolute frames.
+            nearest: how many of the last committed frames to append. Overlaps are kept: a table
+                refuses them unless it allows duplicates.
+
+        Raises:
+            ShapeError: a frame that is not resident.
+        """
+        end = self.committed_frames
+        frames = [*range(min(sink, end)), *selected, *range(max(0, end - nearest), end)]
+        return [self.slot(frame) for frame in frames]
+
+    def evict(self, keep: Iterable[int]) -> None:
+        """Drop every frame but those of `keep` (absolute indices; absent ones are ignored)."""
+        pool, wanted = self._pool, set(keep)
+        with pool._lock:
+            self._check_of(pool, "timeline")
+            gone = [frame for frame in self._frames if frame not in wanted]
+            pool._drop_frames([self._frames.pop(frame) for frame in gone])
+
+    def release(self) -> None:
+        """Drop all frames. The timeline cannot be used afterwards; a second call does nothing."""
+        with self._pool._lock:
+            if self._finalizer.detach() is not None:
+                self._pool._drop_frames(self._frames.values())
+                self._frames.clear()
+
+    def _slot(self, frame: int) -> int:
+        slot = self._frames.get(frame)
+        if slot is None:
+            self._check_of(self._pool, "timeline")
+            held = list(self._frames)
+            runs = f"[{held[0]}, {held[-1]}]" if held else "none"
+            why = "was evicted" if 0 <= frame < self._num_frames else "was never appended"
+            raise ShapeError(f"frame {frame} {why}; frames held: {runs} ({len(held)} of them)")
+        return slot
+
+    def _check_of(self, pool: FramePool, what: str) -> None:
+        if self._pool is not pool:
+            raise ShapeError(f"{what} belongs to another pool")
+        if not self._finalizer.alive:
+            raise PoolError(f"{what} has been released")

@@ -1,0 +1,235 @@
+"""Causal history routing: which block to perturb and which old frames each branch attends to.
+
+The rules are those of KVPO's released planner (arXiv 2605.14278 and its code), with two selections
+that disperse branches better.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from kvpo_kernels.errors import ConfigError
+
+Variant = Literal["longlive", "memflow"]
+Selection = Literal["official", "independent", "balanced"]
+SlotMapping = Literal["exact", "official"]
+
+
+@dataclass(frozen=True)
+class HistoryRouting:
+    """How branches are made to differ. Frames are latent frames.
+
+    Attributes:
+        num_branches: G.
+        window_frames: W, frames attended per block, sink and current block included.
+        sink_frames: S, the first frames of the video, always attended (longlive).
+        nearest_frames: m, the latest frames, always attended; counts the current block, as the
+            released code does (LongLive 4, MemFlow 3).
+        block_frames: frames per autoregressive block.
+        perturbed_blocks: P, blocks that use the routed context.
+        cache_frames: C, frames the official rolling cache holds; bounds the candidates.
+        chunk_frames, min_new_frames: length of the first chunk and of the later ones.
+        first_chunks: only chunks before this one are perturbed.
+        variant: "longlive" routes absolute frames besides the sink; "memflow" routes cache slots.
+        selection: "official" draws as the released planner; "independent" draws each branch
+            without replacement on its own; "balanced" uses all candidates equally often, which
+            minimises the mean pairwise overlap.
+        slot_mapping: "official" reproduces the released code's look-up error: once its cache has
+            rolled, frame x is read one block too late, as x + block_frames (longlive).
+    """
+
+    num_branches: int = 8
+    window_frames: int = 12
+    sink_frames: int = 3
+    nearest_frames: int = 4
+    block_frames: int = 3
+    perturbed_blocks: int = 5
+    cache_frames: int = 33
+    chunk_frames: int = 21
+    min_new_frames: int = 18
+    first_chunks: int = 7
+    variant: Variant = "longlive"
+    selection: Selection = "official"
+    slot_mapping: SlotMapping = "exact"
+
+    def __post_init__(self) -> None:
+        for name in ("num_branches", "window_frames", "block_frames", "perturbed_blocks"):
+            self._at_least(name, 1)
+        for name in ("cache_frames", "chunk_frames", "min_new_frames"):
+            self._at_least(name, self.block_frames)
+        for name in ("sink_frames", "nearest_frames", "first_chunks"):
+            self._at_least(name, 0)
+        for name, kind in (
+            ("variant", Variant),
+            ("selection", Selection),
+            ("slot_mapping", SlotMapping),
+        ):
+            value = getattr(self, name)
+            if value not in get_args(kind):
+                raise ConfigError(f"{name} must be one of {get_args(kind)}, got {value!r}")
+
+    def _at_least(self, name: str, limit: int) -> None:
+        if getattr(self, name) < limit:
+            raise ConfigError(f"{name} must be at least {limit}, got {getattr(self, name)}")
+
+    @property
+    def routed_frames(self) -> int:
+        """n, frames that each branch routes to."""
+        sink = self.sink_frames if self.variant == "longlive" else 0
+        return max(0, self.window_frames - sink - self.nearest_frames)
+
+
+@dataclass(frozen=True)
+class RoutingPlan:
+    """One plan: the blocks from `start_frame` up to `end_frame` are perturbed.
+
+    Attributes:
+        candidates: absolute frames (longlive) or cache slots (memflow) to choose from.
+        selected: G sorted lists out of `candidates`.
+        attended: what the branches read: `selected`, or the frames that the official slot mapping
+            reads instead.
+    """
+
+    start_frame: int
+    end_frame: int
+    candidates: list[int]
+    selected: list[list[int]]
+    attended: list[list[int]]
+
+    def mean_overlap(self) -> float:
+        """Frames that two branches have in common, averaged over all pairs."""
+        pairs = list(itertools.combinations(map(set, self.selected), 2))
+        return sum(len(a & b) for a, b in pairs) / len(pairs) if pairs else 0.0
+
+
+def eligible_starts(routing: HistoryRouting, video_frames: int) -> list[int]:
+    """First frames of the blocks that a plan may start at, ascending."""
+    starts = []
+    for chunk, (first, frames) in enumerate(_chunks(routing, video_frames)):
+        if chunk >= routing.first_chunks:
+            break
+        blocks = frames // routing.block_frames
+        for block in range(blocks):
+            start = first + block * routing.block_frames
+            if (
+                start >= routing.window_frames
+                and block + routing.perturbed_blocks <= blocks
+                and len(_candidates(routing, start)) >= routing.routed_frames
+            ):
+                starts.append(start)
+    return starts
+
+
+def plan_history_routing(
+    routing: HistoryRouting,
+    video_frames: int = 147,
+    seed: int = 42,
+    sample: int = 0,
+    seed_context: int = 0,
+) -> RoutingPlan:
+    """Choose the fork block and the frames of each branch; a pure function of its arguments.
+
+    Args:
+        video_frames: latent frames of the whole video.
+        seed: base seed of the run.
+        sample: index of the prompt.
+        seed_context: what tells rollouts apart; the released trainer uses
+            `(step + 1) * 1_000_003`.
+
+    Raises:
+        ConfigError: no block of the video is eligible.
+
+    Source: the released planner of KVPO; seeds `seed + 97 * sample + seed_context` (start) and one
+    more (selection), CPU generators.
+    """
+    starts = eligible_starts(routing, video_frames)
+    if not starts:
+        raise ConfigError(
+            f"no eligible start: {video_frames} frames in chunks of {routing.chunk_frames} and"
+            f" {routing.min_new_frames} hold no block at or after frame {routing.window_frames}"
+            f" followed by {routing.perturbed_blocks} blocks of its chunk"
+        )
+    base = seed + 97 * sample + seed_context
+    draw = torch.Generator().manual_seed(base)
+    start = starts[int(torch.randint(0, len(starts), (1,), generator=draw).item())]
+    candidates = _candidates(routing, start)
+    picks = _SELECTIONS[routing.selection](
+        len(candidates), routing.routed_frames, routing.num_branches, base + 1
+    )
+    selected = [sorted(candidates[i] for i in branch) for branch in picks]
+    rolled = start + routing.block_frames > routing.cache_frames
+    shift = routing.block_frames if routing.slot_mapping == "official" and rolled else 0
+    if routing.variant == "memflow":
+        shift = 0  # memflow routes slots, which need no look-up
+    return RoutingPlan(
+        start_frame=start,
+        end_frame=start + routing.block_frames * routing.perturbed_blocks,
+        candidates=candidates,
+        selected=selected,
+        attended=[[frame + shift for frame in branch] for branch in selected],
+    )
+
+
+def _chunks(routing: HistoryRouting, video_frames: int) -> list[tuple[int, int]]:
+    chunks, first, frames = [], 0, routing.chunk_frames
+    while first < video_frames:
+        frames = min(frames, video_frames - first)
+        chunks.append((first, frames))
+        first, frames = first + frames, routing.min_new_frames
+    return chunks
+
+
+def _candidates(routing: HistoryRouting, start: int) -> list[int]:
+    if routing.variant == "memflow":
+        return list(range(max(0, min(start, routing.cache_frames) - routing.nearest_frames)))
+    # Frames that are still cached when the last perturbed block is generated.
+    last_block = start + (routing.perturbed_blocks - 1) * routing.block_frames
+    oldest = last_block - (routing.cache_frames - routing.sink_frames)
+    return list(range(max(routing.sink_frames, oldest), start - routing.nearest_frames))
+
+
+def _official(pool: int, n: int, branches: int, seed: int) -> list[list[int]]:
+    """Windows of one permutation, each shifted by pool // branches against the last."""
+    order = torch.randperm(pool, generator=torch.Generator().manual_seed(seed)).tolist()
+    shift = max(1, pool // branches)
+    return [[order[(g * shift + i) % pool] for i in range(n)] for g in range(branches)]
+
+
+def _independent(pool: int, n: int, branches: int, seed: int) -> list[list[int]]:
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randperm(pool, generator=draw).tolist()[:n] for _ in range(branches)]
+
+
+def _balanced(pool: int, n: int, branches: int, seed: int) -> list[list[int]]:
+    """Equal use of all candidates, which is optimal: the overlaps sum to sum_f C(uses_f, 2).
+
+    Among equally used candidates, the one least often together with those already picked: that
+    keeps the largest overlap of two branches small too.
+    """
+    order = torch.randperm(pool, generator=torch.Generator().manual_seed(seed)).tolist()
+    uses = [0] * pool
+    together = [[0] * pool for _ in range(pool)]
+    plan = []
+    for _ in range(branches):
+        branch: list[int] = []
+        for _ in range(n):
+            pick = min(
+                (c for c in order if c not in branch),
+                key=lambda c: (
+                    uses[c],
+                    max((together[c][b] for b in branch), default=0),
+                    sum(together[c][b] for b in branch),
+                ),
+            )
+            for b in branch:
+                together[pick][b] += 1
+                together[b][pick] += 1
+            uses[pick] += 1
+            branch.append(pick)
+        plan.append(branch)
+    return plan
+
+
+_SELECTIONS = {"official": _official, "independent": _independent, "balanced": _balanced}

@@ -1,0 +1,148 @@
+"""Which frames each row attends to: a checked, device-resident table of pool slots."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from kvpo_kernels.errors import DtypeError, ShapeError
+
+Rows = list[list[int]]
+
+
+class RouteTable:
+    """Per row (one branch of one prompt) the ordered pool slots that its queries attend to.
+
+    Attributes:
+        slots: int32 `[B, R]` on `device`; each row's slots, then -1 up to the capacity R.
+        num_rows: B.
+        capacity: R, the longest row the table can hold.
+        num_slots: F of the pool that the table was made for.
+        allow_duplicates: whether a row may name a slot twice (its keys then count twice).
+
+    Every value is checked here, on the host, so that a kernel needs no check of its own.
+
+    Args:
+        slot_lists: B ragged lists, or an integer tensor `[B, R]` padded with -1 at the tail.
+        num_slots: number of slots F of the pool.
+        device: where the kernels run. A tensor must already be there.
+        allow_duplicates: accept a slot twice in a row.
+
+    Raises:
+        ShapeError: a slot outside `[0, num_slots)`, a -1 before the tail or a duplicate; the
+            message names branch, position, value and limit.
+        DtypeError: slots that are not integers, or a tensor on another device.
+    """
+
+    def __init__(
+        self,
+        slot_lists: Sequence[Sequence[int]] | Tensor,
+        num_slots: int,
+        device: torch.device | str = "cpu",
+        allow_duplicates: bool = False,
+    ) -> None:
+        if num_slots < 0:
+            raise ShapeError(f"num_slots must be at least 0, got {num_slots}")
+        target = torch.device(device)
+        self.num_slots = num_slots
+        self.allow_duplicates = allow_duplicates
+        rows = self._rows(slot_lists, target)
+        self.num_rows = len(rows)
+        self.capacity = (
+            int(slot_lists.shape[1])
+            if isinstance(slot_lists, Tensor)
+            else max((len(row) for row in rows), default=0)
+        )
+        self.slots = self._padded(rows).to(target)
+        self._lease: Callable[[Rows], None] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where `slots` lies."""
+        return self.slots.device
+
+    def update(self, slot_lists: Sequence[Sequence[int]] | Tensor) -> None:
+        """Replace the routes in place, as a captured CUDA graph needs it: all rows or none.
+
+        Raises:
+            ShapeError: as the constructor, or a different number of rows, or a row longer than
+                the capacity. The table is then unchanged.
+        """
+        rows = self._rows(slot_lists, self.device)
+        if len(rows) != self.num_rows:
+            raise ShapeError(f"route table has {self.num_rows} rows, the update has {len(rows)}")
+        for b, row in enumerate(rows):
+            if len(row) > self.capacity:
+                raise ShapeError(
+                    f"route[branch={b}] has {len(row)} slots, the table's capacity is"
+                    f" {self.capacity}"
+                )
+        padded = self._padded(rows)
+        if self._lease is not None:
+            self._lease(rows)
+        self.slots.copy_(padded)
+
+    def tolist(self) -> Rows:
+        """The routes as ragged lists (synchronises where the table is on a GPU)."""
+        return [[s for s in row if s >= 0] for row in self.slots.tolist()]
+
+    def __repr__(self) -> str:
+        return (
+            f"RouteTable(rows={self.num_rows}, capacity={self.capacity},"
+            f" num_slots={self.num_slots}, device={self.device})"
+        )
+
+    def _rows(self, slot_lists: Sequence[Sequence[int]] | Tensor, device: torch.device) -> Rows:
+        if isinstance(slot_lists, Tensor):
+            rows = self._tensor_rows(slot_lists, device)
+        else:
+            rows = [list(row) for row in slot_lists]
+        for b, row in enumerate(rows):
+            for i, slot in enumerate(row):
+                if isinstance(slot, bool) or not isinstance(slot, int):
+                    raise DtypeError(
+                        f"route[branch={b}, slot={i}] must be an int, got {type(slot).__name__}"
+                    )
+                if not 0 <= slot < self.num_slots:
+                    raise ShapeError(
+                        f"route[branch={b}, slot={i}] = {slot} not in [0, {self.num_slots})"
+                    )
+            if not self.allow_duplicates and len(set(row)) != len(row):
+                seen: dict[int, int] = {}
+                for i, slot in enumerate(row):
+                    if slot in seen:
+                        raise ShapeError(
+                            f"route[branch={b}, slot={i}] = {slot} repeats slot={seen[slot]};"
+                            " pass allow_duplicates=True to count it twice"
+                        )
+                    seen[slot] = i
+        return rows
+
+    @staticmethod
+    def _tensor_rows(slots: Tensor, device: torch.device) -> Rows:
+        if slots.dtype not in (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8):
+            raise DtypeError(f"routes must be integers, got {slots.dtype}")
+        if slots.ndim != 2:
+            raise ShapeError(f"routes must be [B, R], got {list(slots.shape)}")
+        same_index = device.index is None or slots.device.index == device.index
+        if slots.device.type != device.type or not same_index:
+            raise DtypeError(f"routes are on {slots.device}, the table is to be on {device}")
+        rows: Rows = []
+        for b, row in enumerate(slots.tolist()):
+            used = len(row)
+            while used > 0 and row[used - 1] == -1:
+                used -= 1
+            if -1 in row[:used]:
+                at = row.index(-1)
+                raise ShapeError(
+                    f"route[branch={b}, slot={at}] = -1: padding is allowed at the tail only"
+                )
+            rows.append(row[:used])
+        return rows
+
+    def _padded(self, rows: Rows) -> Tensor:
+        padded = torch.full((self.num_rows, self.capacity), -1, dtype=torch.int32)
+        for b, row in enumerate(rows):
+            if row:
+                padded[b, : len(row)] = torch.tensor(row, dtype=torch.int32)
+        return padded

@@ -1,0 +1,118 @@
+"""The planner: the released code's lists, and what the other selections promise."""
+
+import itertools
+import statistics
+
+import pytest
+import torch
+
+from kvpo_kernels import HistoryRouting, plan_history_routing
+from kvpo_kernels.errors import ConfigError
+from kvpo_kernels.history.planning import eligible_starts
+
+RELEASE = HistoryRouting()
+MEMFLOW = HistoryRouting(variant="memflow", nearest_frames=3)
+
+
+@pytest.mark.parametrize("routing", [RELEASE, MEMFLOW], ids=["longlive", "memflow"])
+def test_release_configurations_have_twelve_starts(routing: HistoryRouting) -> None:
+    expected = [21, 24, 39, 42, 57, 60, 75, 78, 93, 96, 111, 114]
+    assert eligible_starts(routing, 147) == expected
+    starts = {plan_history_routing(routing, sample=i).start_frame for i in range(300)}
+    assert sorted(starts) == expected  # every eligible start is reached
+
+
+def test_candidates_of_the_release() -> None:
+    for sample in range(50):
+        plan = plan_history_routing(RELEASE, sample=sample)
+        assert len(plan.candidates) == 14
+        assert plan.end_frame == plan.start_frame + 15
+        oldest = max(3, plan.start_frame + 12 - 30)
+        assert plan.candidates == list(range(oldest, plan.start_frame - 4))
+    plan = plan_history_routing(MEMFLOW, sample=1)
+    assert plan.candidates == list(range(min(plan.start_frame, 33) - 3))
+    assert all(len(branch) == 9 for branch in plan.selected)
+
+
+def test_official_draws_are_those_of_the_released_planner() -> None:
+    # KVPO_SPEC 3.1 restated: two CPU generators, one permutation, windows shifted by pool // G.
+    for sample, context in itertools.product(range(20), (0, 1_000_003)):
+        seed = 42 + 97 * sample + context
+        starts = eligible_starts(RELEASE, 147)
+        at = torch.randint(0, 12, (1,), generator=torch.Generator().manual_seed(seed)).item()
+        order = torch.randperm(14, generator=torch.Generator().manual_seed(seed + 1)).tolist()
+        plan = plan_history_routing(RELEASE, seed=42, sample=sample, seed_context=context)
+        assert plan.start_frame == starts[at]
+        low = plan.candidates[0]
+        for g, branch in enumerate(plan.selected):
+            assert branch == sorted(low + order[(g + i) % 14] for i in range(5))
+
+
+def test_slot_mapping_reads_one_block_late_once_the_cache_has_rolled() -> None:
+    official = HistoryRouting(slot_mapping="official")
+    for sample in range(60):
+        exact = plan_history_routing(RELEASE, sample=sample)
+        plan = plan_history_routing(official, sample=sample)
+        assert plan.selected == exact.selected == exact.attended
+        shift = 3 if plan.start_frame >= 39 else 0
+        assert plan.attended == [[x + shift for x in branch] for branch in plan.selected]
+
+
+def test_overlaps_of_the_three_selections() -> None:
+    overlap = {
+        s: statistics.mean(
+            plan_history_routing(HistoryRouting(selection=s), sample=i).mean_overlap()
+            for i in range(200)
+        )
+        for s in ("official", "independent", "balanced")
+    }
+    assert overlap["official"] == pytest.approx(60 / 28)  # adjacent windows share 4 of 5
+    # 25/14 expected; 200 plans leave a standard error of about 0.01
+    assert overlap["independent"] == pytest.approx(25 / 14, abs=0.04)
+    assert overlap["balanced"] == pytest.approx(38 / 28)  # the least that is possible
+
+
+def test_balanced_is_never_worse_than_official_and_evenly_used() -> None:
+    for window, branches, seed in itertools.product(range(8, 22), (1, 2, 3, 8, 11), (0, 1)):
+        plans = {
+            s: plan_history_routing(
+                HistoryRouting(window_frames=window, num_branches=branches, selection=s), seed=seed
+            )
+            for s in ("official", "balanced")
+        }
+        assert plans["balanced"].mean_overlap() <= plans["official"].mean_overlap() + 1e-12
+        uses = [
+            sum(c in b for b in plans["balanced"].selected) for c in plans["balanced"].candidates
+        ]
+        assert max(uses) - min(uses) <= 1
+
+
+def test_balanced_keeps_the_largest_overlap_small() -> None:
+    for sample in range(30):
+        plan = plan_history_routing(HistoryRouting(selection="balanced"), sample=sample)
+        pairs = itertools.combinations(map(set, plan.selected), 2)
+        assert max(len(a & b) for a, b in pairs) <= 2
+
+
+def test_no_room_for_routed_frames_gives_empty_lists() -> None:
+    plan = plan_history_routing(HistoryRouting(window_frames=7))
+    assert plan.selected == [[]] * 8 and plan.mean_overlap() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window_frames": 0}, "window_frames must be at least 1, got 0"),
+        ({"num_branches": 0}, "num_branches"),
+        ({"selection": "random"}, "selection must be one of"),
+        ({"variant": "wan"}, "variant"),
+    ],
+)
+def test_bad_options(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        HistoryRouting(**options)
+
+
+def test_no_eligible_start() -> None:
+    with pytest.raises(ConfigError, match="no eligible start: 20 frames"):
+        plan_history_routing(RELEASE, video_frames=20)
