@@ -3,3 +3,42 @@ WITH_CUDA: bool
 
 def isa() -> str: ...
 def set_isa_limit(limit: str) -> None: ...
+def velocity_energy(
+    pred: object, target: object, weights: list[float], threads: int
+) -> list[float]: ...
+def velocity_gradient(
+    pred: object, target: object, coefficients: list[float], grad: object, threads: int
+) -> None: ...
+def branch_policy_loss(
+    scores: list[float],
+    old_scores: list[float],
+    advantages: list[float],
+    ref_scores: list[float] | None,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    log_ratio_clamp: float,
+    min_entropy_ratio: float,
+    scale: float,
+    branch_mass: float,
+    drop: bool,
+) -> tuple[float, list[float], list[float]]: ...
+def tve_grpo(
+    pred: object,
+    target: object,
+    weights: list[float],
+    grad_weights: list[float],
+    old_scores: list[float],
+    advantages: list[float],
+    ref_scores: list[float] | None,
+    clip_low: float,
+    clip_high: float,
+    kl_coef: float,
+    log_ratio_clamp: float,
+    min_entropy_ratio: float,
+    scale: float,
+    branch_mass: float,
+    drop: bool,
+    grad: object | None,
+    threads: int,
+) -> tuple[float, list[float], list[float], list[float]]: ...

@@ -1,5 +1,6 @@
 // From the public entry points of the CPU kernels to the build for this machine's instruction set.
 #include "isa.h"
+#include "kvpo/tve_grpo.h"
 
 // For `void kvpo::cpu::f(const Args&)` declared in a header, the kernel file defines
 // `kvpo::cpu::<isa>::f`. Each use of the macro declares those and defines the choice.
@@ -39,4 +40,8 @@
   }
 #endif
 
-namespace kvpo::cpu {} // namespace kvpo::cpu
+namespace kvpo::cpu {
+KVPO_DISPATCH(velocity_energy, VelocityEnergy)
+KVPO_DISPATCH(velocity_gradient, VelocityGradient)
+KVPO_DISPATCH(tve_grpo, TveGrpo)
+} // namespace kvpo::cpu

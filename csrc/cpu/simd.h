@@ -239,6 +239,42 @@ KVPO_INLINE Vec round_to_integer(const Vec& x) {
 }
 #endif
 
+// Stores past the cache, for outputs that will not be read soon. `p` must be aligned to the bytes
+// written; `stream_fence` before anyone else reads them.
+#if KVPO_ISA_LEVEL >= 2
+KVPO_INLINE void stream(float* p, Vec v) {
+  _mm512_stream_ps(p, v);
+}
+#elif KVPO_ISA_LEVEL == 1
+KVPO_INLINE void stream(float* p, Vec v) {
+  _mm256_stream_ps(p, v);
+}
+#else
+KVPO_INLINE void stream(float* p, const Vec& v) {
+  store(p, v);
+}
+#endif
+KVPO_INLINE void stream(bf16* p, const Vec& v) {
+#if KVPO_ISA_LEVEL >= 2
+  alignas(32) bf16 rounded[kWidth];
+  store(rounded, v);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
+#elif KVPO_ISA_LEVEL == 1
+  alignas(16) bf16 rounded[kWidth];
+  store(rounded, v);
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_load_si128(reinterpret_cast<const __m128i*>(rounded)));
+#else
+  store(p, v);
+#endif
+}
+KVPO_INLINE void stream_fence() {
+#if KVPO_ISA_LEVEL >= 1
+  _mm_sfence();
+#endif
+}
+
 // Sum over the lanes, in one fixed order.
 KVPO_INLINE float sum_lanes(Vec v) {
   float lane[kWidth];

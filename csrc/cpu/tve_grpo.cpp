@@ -1,2 +1,183 @@
-// Stub.
+#include "kvpo/tve_grpo.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "simd.h"
+
+namespace kvpo::cpu::KVPO_ISA {
+namespace {
+
+// A gradient larger than this would push out of the cache what the next kernel wants, and reading
+// its lines before they are overwritten would cost a third more traffic.
+constexpr int64_t kStreamBytes = 8 << 20;
+constexpr int kLanes = 64; // partial sums of a chunk, whatever the vector width
+constexpr int kVecs = kLanes / kWidth;
+
+template <typename T> float chunk_energy(const T* p, const T* t, int64_t n) {
+  Vec sum[kVecs];
+  for (int j = 0; j < kVecs; ++j)
+    sum[j] = zero();
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kVecs; ++j) {
+      const Vec d = sub(load(p + i + j * kWidth), load(t + i + j * kWidth));
+      sum[j] = fma(d, d, sum[j]);
+    }
+  for (int j = 0; i + kWidth <= n; i += kWidth, ++j) {
+    const Vec d = sub(load(p + i), load(t + i));
+    sum[j] = fma(d, d, sum[j]);
+  }
+  float rest = 0.0f;
+  for (; i < n; ++i) {
+    const float d = to_float(p[i]) - to_float(t[i]);
+    rest += d * d;
+  }
+  for (int half = kVecs / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; ++j)
+      sum[j] = add(sum[j], sum[j + half]);
+  return sum_lanes(sum[0]) + rest;
+}
+
+template <typename T>
+void chunk_gradient(const T* p, const T* t, float k, T* out, int64_t n, bool streaming) {
+  int64_t i = 0;
+  const auto one = [&](int64_t j) {
+    from_float(out[j], k == 0.0f ? 0.0f : (to_float(p[j]) - to_float(t[j])) * k);
+  };
+  if (streaming)
+    for (; i < n && reinterpret_cast<uintptr_t>(out + i) % 64 != 0; ++i)
+      one(i);
+  const Vec factor = broadcast(k);
+  if (k == 0.0f) {
+    for (; i + kWidth <= n; i += kWidth)
+      streaming ? stream(out + i, zero()) : store(out + i, zero());
+  } else if (streaming) {
+    for (; i + kWidth <= n; i += kWidth)
+      stream(out + i, mul(sub(load(p + i), load(t + i)), factor));
+  } else {
+    for (; i + kWidth <= n; i += kWidth)
+      store(out + i, mul(sub(load(p + i), load(t + i)), factor));
+  }
+  for (; i < n; ++i)
+    one(i);
+}
+
+// A thread's share of the chunks, numbered through all rows [g, s].
+struct Share {
+  int64_t begin, end;
+};
+Share share(int64_t tasks) {
+#ifdef _OPENMP
+  const int64_t t = omp_get_thread_num(), n = omp_get_num_threads();
+#else
+  const int64_t t = 0, n = 1;
+#endif
+  return {tasks * t / n, tasks * (t + 1) / n};
+}
+
+// Waking a thread costs more than a few chunks.
+int thread_count(const Trajectories& x) {
+  const int64_t useful = x.branches * x.steps * energy_chunks(x.numel) / 4 + 1;
+  return static_cast<int>(min_of<int64_t>(max_of(x.threads, 1), useful));
+}
+
+template <typename T> void energies_of(const VelocityEnergy& a) {
+  const Trajectories& x = a.trajectories;
+  const int64_t chunks = energy_chunks(x.numel);
+  const Share mine = share(x.branches * x.steps * chunks);
+  for (int64_t u = mine.begin; u < mine.end; ++u) {
+    const int64_t first = u % chunks * kEnergyChunk, at = u / chunks * x.numel + first;
+    a.partials[u] =
+        chunk_energy(static_cast<const T*>(x.pred) + at, static_cast<const T*>(x.target) + at,
+                     min_of(kEnergyChunk, x.numel - first));
+  }
+}
+
+void sum_partials(const VelocityEnergy& a) {
+  const Trajectories& x = a.trajectories;
+  const double* partial = a.partials;
+  const int64_t chunks = energy_chunks(x.numel);
+  for (int64_t g = 0; g < x.branches; ++g) {
+    double energy = 0.0;
+    for (int64_t s = 0; s < x.steps; ++s) {
+      double sum = 0.0;
+      for (int64_t c = 0; c < chunks; ++c)
+        sum += *partial++;
+      energy += a.weights[s] * (sum / static_cast<double>(x.numel));
+    }
+    a.energies[g] = energy;
+  }
+}
+
+// Backwards, so that what the energy pass read last is found in the cache.
+template <typename T> void gradient_of(const VelocityGradient& a) {
+  const Trajectories& x = a.trajectories;
+  const int64_t chunks = energy_chunks(x.numel), rows = x.branches * x.steps;
+  const bool streaming = rows * x.numel * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  const Share mine = share(rows * chunks);
+  for (int64_t u = mine.end - 1; u >= mine.begin; --u) {
+    const int64_t row = u / chunks, first = u % chunks * kEnergyChunk, at = row * x.numel + first;
+    chunk_gradient(static_cast<const T*>(x.pred) + at, static_cast<const T*>(x.target) + at,
+                   static_cast<float>(a.coefficients[row]), static_cast<T*>(a.grad) + at,
+                   min_of(kEnergyChunk, x.numel - first), streaming);
+  }
+  if (streaming)
+    stream_fence();
+}
+
+template <typename T> void energy(const VelocityEnergy& a) {
+#pragma omp parallel num_threads(thread_count(a.trajectories))
+  energies_of<T>(a);
+  sum_partials(a);
+}
+
+template <typename T> void gradient(const VelocityGradient& a) {
+#pragma omp parallel num_threads(thread_count(a.trajectories))
+  gradient_of<T>(a);
+}
+
+// From energies to the coefficients of the gradient, through the policy loss.
+void policy(const TveGrpo& a) {
+  const Trajectories& x = a.energy.trajectories;
+  for (int64_t g = 0; g < x.branches; ++g)
+    a.scores[g] = -static_cast<double>(static_cast<float>(a.energy.energies[g]));
+  BranchPolicyLoss args = a.policy;
+  args.scores = a.scores;
+  cpu::branch_policy_loss(args);
+  const double* kappa = args.rows + kScoreGrad * x.branches;
+  for (int64_t g = 0; g < x.branches; ++g)
+    for (int64_t s = 0; s < x.steps; ++s)
+      a.coefficients[g * x.steps + s] =
+          -2.0 * kappa[g] * a.grad_weights[s] / static_cast<double>(x.numel);
+}
+
+template <typename T> void fused(const TveGrpo& a) {
+#pragma omp parallel num_threads(thread_count(a.energy.trajectories))
+  {
+    energies_of<T>(a.energy);
+#pragma omp barrier
+#pragma omp single
+    {
+      sum_partials(a.energy);
+      policy(a);
+    }
+    if (a.grad)
+      gradient_of<T>({a.energy.trajectories, a.coefficients, a.grad});
+  }
+}
+
+} // namespace
+
+void velocity_energy(const VelocityEnergy& args) {
+  args.trajectories.bfloat16 ? energy<bf16>(args) : energy<float>(args);
+}
+void velocity_gradient(const VelocityGradient& args) {
+  args.trajectories.bfloat16 ? gradient<bf16>(args) : gradient<float>(args);
+}
+void tve_grpo(const TveGrpo& args) {
+  args.energy.trajectories.bfloat16 ? fused<bf16>(args) : fused<float>(args);
+}
+
+} // namespace kvpo::cpu::KVPO_ISA

@@ -191,12 +191,18 @@ class Problem(NamedTuple):
     device: str
 
 
-def _why_not_reference(p: Problem) -> str | None:
+def why_not_cpu(p: Problem) -> str | None:
+    """Why the C++ kernels cannot run the problem."""
+    if not registry.HAS_NATIVE:
+        return "the native module is not built"
+    if p.device != "cpu":
+        return f"takes cpu tensors, got {p.device}"
     return None
 
 
 BACKENDS: tuple[Backend[Problem], ...] = (
-    Backend("reference", "kvpo_kernels.reference.branch_policy_loss", _why_not_reference),
+    Backend("cpu", "kvpo_kernels.backends.native.branch_policy_loss", why_not_cpu),
+    Backend("reference", "kvpo_kernels.reference.branch_policy_loss", lambda p: None),
 )
 
 

@@ -28,6 +28,7 @@ from kvpo_kernels.ops.velocity_energy import (
     checked_weights,
     energy_gradient,
     trajectory_velocity_energy,
+    why_not_cpu,
 )
 from kvpo_kernels.registry import Backend
 
@@ -42,12 +43,9 @@ class TveGrpoLoss(BranchPolicyLoss):
     """`[G]`, float32 (float64 for float64 input), detached; the scores are their negatives."""
 
 
-def _why_not_reference(p: Problem) -> str | None:
-    return None
-
-
 BACKENDS: tuple[Backend[Problem], ...] = (
-    Backend("reference", "kvpo_kernels.reference.tve_grpo", _why_not_reference),
+    Backend("cpu", "kvpo_kernels.backends.native.tve_grpo", why_not_cpu),
+    Backend("reference", "kvpo_kernels.reference.tve_grpo", lambda p: None),
 )
 
 

@@ -22,12 +22,20 @@ class Problem(NamedTuple):
     dtype: torch.dtype
 
 
-def _why_not_reference(p: Problem) -> str | None:
+def why_not_cpu(p: Problem) -> str | None:
+    """Why the C++ kernels cannot run the problem."""
+    if not registry.HAS_NATIVE:
+        return "the native module is not built"
+    if p.device != "cpu":
+        return f"takes cpu tensors, got {p.device}"
+    if p.dtype not in (torch.float32, torch.bfloat16):
+        return f"takes float32 and bfloat16, got {p.dtype}"
     return None
 
 
 BACKENDS: tuple[Backend[Problem], ...] = (
-    Backend("reference", "kvpo_kernels.reference.velocity_energy", _why_not_reference),
+    Backend("cpu", "kvpo_kernels.backends.native.velocity_energy", why_not_cpu),
+    Backend("reference", "kvpo_kernels.reference.velocity_energy", lambda p: None),
 )
 
 

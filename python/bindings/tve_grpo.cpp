@@ -1,4 +1,146 @@
-// Stub.
-#include <pybind11/pybind11.h>
+// The energies, the branch policy loss, and both in one. The [G] and [S] numbers come and go as
+// lists of floats: for a dozen numbers a list costs less than a tensor and its view.
+#include <optional>
+#include <vector>
 
-void bind_tve_grpo(pybind11::module_&) {}
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "dlpack.h"
+#include "kvpo/tve_grpo.h"
+
+namespace py = pybind11;
+using kvpo::dlpack::kBfloat;
+using kvpo::dlpack::kFloat;
+using kvpo::dlpack::View;
+using Numbers = std::vector<double>;
+
+namespace {
+
+kvpo::Trajectories trajectories(const View& pred, const View& target, int threads) {
+  KVPO_CHECK(pred.rank() >= 2 && target.rank() == pred.rank(), "pred must be [G, S, ...]");
+  int64_t numel = 1;
+  for (int i = 0; i < pred.rank(); ++i) {
+    KVPO_CHECK(target.size(i) == pred.size(i), "target must have the shape of pred");
+    numel *= i < 2 ? 1 : pred.size(i);
+  }
+  const bool bfloat16 = pred.is(kBfloat, 16);
+  KVPO_CHECK(bfloat16 || pred.is(kFloat, 32), "pred must be float32 or bfloat16");
+  KVPO_CHECK(target.is(bfloat16 ? kBfloat : kFloat, bfloat16 ? 16 : 32),
+             "target must have the dtype of pred");
+  return {pred.size(0),
+          pred.size(1),
+          numel,
+          bfloat16,
+          pred.contiguous().data(),
+          target.contiguous().data(),
+          threads};
+}
+
+void* gradient_data(const View& grad, const View& pred) {
+  KVPO_CHECK(grad.rank() == pred.rank(), "grad must have the shape of pred");
+  for (int i = 0; i < pred.rank(); ++i)
+    KVPO_CHECK(grad.size(i) == pred.size(i), "grad must have the shape of pred");
+  KVPO_CHECK(grad.is(pred.is(kBfloat, 16) ? kBfloat : kFloat, pred.is(kBfloat, 16) ? 16 : 32),
+             "grad must have the dtype of pred");
+  return grad.contiguous().data();
+}
+
+void expect_size(const Numbers& numbers, int64_t size, const char* name) {
+  KVPO_CHECK(static_cast<int64_t>(numbers.size()) == size, std::string(name) + " has wrong size");
+}
+
+size_t partials_size(const kvpo::Trajectories& x) {
+  return static_cast<size_t>(x.branches * x.steps * kvpo::energy_chunks(x.numel));
+}
+
+Numbers velocity_energy(const py::capsule& pred, const py::capsule& target, const Numbers& weights,
+                        int threads) {
+  const auto x = trajectories(View(pred, "pred"), View(target, "target"), threads);
+  expect_size(weights, x.steps, "weights");
+  Numbers energies(static_cast<size_t>(x.branches));
+  py::gil_scoped_release release;
+  Numbers partials(partials_size(x));
+  kvpo::cpu::velocity_energy({x, weights.data(), partials.data(), energies.data()});
+  return energies;
+}
+
+void velocity_gradient(const py::capsule& pred, const py::capsule& target,
+                       const Numbers& coefficients, const py::capsule& grad, int threads) {
+  const View p(pred, "pred");
+  const auto x = trajectories(p, View(target, "target"), threads);
+  expect_size(coefficients, x.branches * x.steps, "coefficients");
+  void* const out = gradient_data(View(grad, "grad"), p);
+  py::gil_scoped_release release;
+  kvpo::cpu::velocity_gradient({x, coefficients.data(), out});
+}
+
+// The policy loss of one call, with the memory behind its pointers.
+struct Policy {
+  Policy(int64_t branches, const Numbers& old, const Numbers& advantages,
+         const std::optional<Numbers>& ref, const kvpo::BranchPolicyObjective& objective)
+      : statistics(kvpo::kStatistics), rows(static_cast<size_t>(kvpo::kBranchRows * branches)) {
+    expect_size(old, branches, "old_scores");
+    expect_size(advantages, branches, "advantages");
+    if (ref)
+      expect_size(*ref, branches, "ref_scores");
+    args = {branches,   objective,         nullptr,
+            old.data(), advantages.data(), ref ? ref->data() : nullptr,
+            &loss,      statistics.data(), rows.data()};
+  }
+
+  double loss = 0.0;
+  Numbers statistics, rows;
+  kvpo::BranchPolicyLoss args;
+};
+
+auto branch_policy_loss(const Numbers& scores, const Numbers& old, const Numbers& advantages,
+                        const std::optional<Numbers>& ref, double clip_low, double clip_high,
+                        double kl_coef, double log_ratio_clamp, double min_entropy_ratio,
+                        double scale, double branch_mass, bool drop) {
+  KVPO_CHECK(!scores.empty(), "scores must not be empty");
+  Policy policy(
+      static_cast<int64_t>(scores.size()), old, advantages, ref,
+      {clip_low, clip_high, kl_coef, log_ratio_clamp, min_entropy_ratio, scale, branch_mass, drop});
+  policy.args.scores = scores.data();
+  kvpo::cpu::branch_policy_loss(policy.args);
+  return py::make_tuple(policy.loss, policy.statistics, policy.rows);
+}
+
+py::tuple tve_grpo(const py::capsule& pred, const py::capsule& target, const Numbers& weights,
+                   const Numbers& grad_weights, const Numbers& old, const Numbers& advantages,
+                   const std::optional<Numbers>& ref, double clip_low, double clip_high,
+                   double kl_coef, double log_ratio_clamp, double min_entropy_ratio, double scale,
+                   double branch_mass, bool drop, const std::optional<py::capsule>& grad,
+                   int threads) {
+  const View p(pred, "pred");
+  const auto x = trajectories(p, View(target, "target"), threads);
+  expect_size(weights, x.steps, "weights");
+  expect_size(grad_weights, x.steps, "grad_weights");
+  Policy policy(
+      x.branches, old, advantages, ref,
+      {clip_low, clip_high, kl_coef, log_ratio_clamp, min_entropy_ratio, scale, branch_mass, drop});
+  void* const out = grad ? gradient_data(View(*grad, "grad"), p) : nullptr;
+  Numbers energies(static_cast<size_t>(x.branches));
+  {
+    py::gil_scoped_release release;
+    Numbers partials(partials_size(x)), scores(energies.size());
+    Numbers coefficients(static_cast<size_t>(x.branches * x.steps));
+    kvpo::cpu::tve_grpo({{x, weights.data(), partials.data(), energies.data()},
+                         grad_weights.data(),
+                         policy.args,
+                         scores.data(),
+                         coefficients.data(),
+                         out});
+  }
+  return py::make_tuple(policy.loss, policy.statistics, policy.rows, energies);
+}
+
+} // namespace
+
+void bind_tve_grpo(py::module_& m) {
+  m.def("velocity_energy", &velocity_energy);
+  m.def("velocity_gradient", &velocity_gradient);
+  m.def("branch_policy_loss", &branch_policy_loss);
+  m.def("tve_grpo", &tve_grpo);
+}

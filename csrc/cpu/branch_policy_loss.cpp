@@ -1,0 +1,101 @@
+#include "kvpo/branch_policy_loss.h"
+
+#include <cmath>
+#include <limits>
+
+namespace kvpo::cpu {
+namespace {
+
+constexpr double kKlEpsilon = 1e-10; // of the official KL: log(pi + eps)
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+
+// Log-softmax over the kept entries.
+struct LogSoftmax {
+  double peak = -std::numeric_limits<double>::infinity(), log_sum = 0.0;
+
+  LogSoftmax(const double* x, const double* kept, int64_t size) {
+    for (int64_t g = 0; g < size; ++g)
+      if (kept[g] != 0.0 && x[g] > peak)
+        peak = x[g];
+    double sum = 0.0;
+    for (int64_t g = 0; g < size; ++g)
+      if (kept[g] != 0.0)
+        sum += std::exp(x[g] - peak);
+    log_sum = std::log(sum);
+  }
+  double operator()(double x) const { return x - peak - log_sum; }
+};
+
+} // namespace
+
+void branch_policy_loss(const BranchPolicyLoss& args) {
+  const int64_t G = args.branches;
+  const BranchPolicyObjective& o = args.objective;
+  const double *s = args.scores, *old = args.old_scores, *A = args.advantages;
+  const double* ref = args.ref_scores ? args.ref_scores : old;
+  double* const grad = args.rows + kScoreGrad * G;
+  double* const ratio = args.rows + kRatio * G;
+  double* const log_ratio = args.rows + kLogRatio * G;
+  double* const finite = args.rows + kFinite * G;
+
+  int64_t count = 0;
+  for (int64_t g = 0; g < G; ++g) {
+    finite[g] = std::isfinite(s[g]) && std::isfinite(old[g]) && std::isfinite(A[g]) &&
+                std::isfinite(ref[g]);
+    count += finite[g] != 0.0;
+  }
+  if (count == 0 || (count < G && !o.drop)) {
+    const double value = o.drop ? 0.0 : kNan;
+    *args.loss = value;
+    for (int i = 0; i < kStatistics; ++i)
+      args.statistics[i] = value;
+    if (o.drop)
+      args.statistics[kDropped] = static_cast<double>(G);
+    for (int64_t g = 0; g < G; ++g)
+      grad[g] = value, ratio[g] = log_ratio[g] = kNan;
+    return;
+  }
+
+  const LogSoftmax log_pi(s, finite, G), log_old(old, finite, G), log_ref(ref, finite, G);
+  const double n = static_cast<double>(count), low = 1.0 - o.clip_low, high = 1.0 + o.clip_high;
+  double objective = 0.0, kl = 0.0, pi_log_pi = 0.0, outside = 0.0, sum_a = 0.0, mean_c = 0.0;
+  for (int64_t g = 0; g < G; ++g) {
+    if (finite[g] == 0.0) {
+      grad[g] = 0.0, ratio[g] = log_ratio[g] = kNan;
+      continue;
+    }
+    const double lp = log_pi(s[g]), pi = std::exp(lp), r = lp - log_old(old[g]);
+    const double clamped = std::fmin(std::fmax(r, -o.log_ratio_clamp), o.log_ratio_clamp);
+    const double rho = std::exp(clamped), clipped = std::fmin(std::fmax(rho, low), high);
+    objective += std::fmin(rho * A[g], clipped * A[g]);
+    const bool active =
+        !(A[g] > 0 && rho > high) && !(A[g] < 0 && rho < low) && std::fabs(r) <= o.log_ratio_clamp;
+    const double divergence = std::log(pi + kKlEpsilon) - log_ref(ref[g]);
+    kl += pi * divergence;
+    pi_log_pi += pi * lp;
+    outside += rho < low || rho > high;
+    grad[g] = active ? -A[g] * rho / n : 0.0;
+    sum_a += grad[g];
+    mean_c += pi * (divergence + pi / (pi + kKlEpsilon));
+    ratio[g] = rho;
+    log_ratio[g] = r;
+  }
+  for (int64_t g = 0; g < G; ++g) {
+    if (finite[g] == 0.0)
+      continue;
+    const double pi = std::exp(log_pi(s[g]));
+    const double c = std::log(pi + kKlEpsilon) - log_ref(ref[g]) + pi / (pi + kKlEpsilon);
+    grad[g] = o.scale * (grad[g] - pi * sum_a + o.kl_coef * pi * (c - mean_c));
+  }
+  const double entropy = -o.branch_mass * (pi_log_pi + std::log(o.branch_mass));
+  *args.loss = o.scale * (-objective / n + o.kl_coef * kl);
+  args.statistics[kGrpo] = -objective / n;
+  args.statistics[kKl] = kl;
+  args.statistics[kEntropy] = entropy;
+  args.statistics[kClipFraction] = outside / n;
+  args.statistics[kSkip] =
+      o.min_entropy_ratio > 0 && entropy > std::log(n) * (1.0 - o.min_entropy_ratio);
+  args.statistics[kDropped] = static_cast<double>(G - count);
+}
+
+} // namespace kvpo::cpu
