@@ -22,7 +22,7 @@ def branch_policy_loss(
     scale: float,
     branch_mass: float,
     drop: bool,
-) -> tuple[float, list[float], list[float]]: ...
+) -> list[float]: ...
 def tve_grpo(
     pred: object,
     target: object,
@@ -41,4 +41,4 @@ def tve_grpo(
     drop: bool,
     grad: object | None,
     threads: int,
-) -> tuple[float, list[float], list[float], list[float]]: ...
+) -> list[float]: ...

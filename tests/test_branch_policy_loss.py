@@ -154,7 +154,7 @@ def test_float32_results_are_the_rounded_float64_ones(backend: str) -> None:
     narrow = [x if x is None else x.float() for x in wide]
     a = loss(backend, *narrow, objective=c["o"], safe=False)
     b = loss(backend, *wide, objective=c["o"], safe=False)
-    assert torch.equal(a.loss, b.loss.float()) and torch.equal(a.branches, b.branches.float())
+    assert torch.equal(a.loss, b.loss.float()) and torch.equal(a.numbers, b.numbers.float())
 
 
 @each_backend
@@ -195,7 +195,7 @@ def test_without_a_reference_the_old_policy_is_it(backend: str) -> None:
     a = loss(backend, c["l"], c["old"], c["A"])
     b = loss(backend, c["l"], c["old"], c["A"], c["old"])
     assert a.kl_reference == "old" and b.kl_reference == "given"
-    assert torch.equal(a.loss, b.loss) and torch.equal(a.branches, b.branches)
+    assert torch.equal(a.loss, b.loss) and torch.equal(a.numbers, b.numbers)
 
 
 @each_backend

@@ -105,7 +105,7 @@ def test_without_grad_nothing_is_kept(backend: str) -> None:
     with torch.inference_mode():
         c = tve(backend, pred, *rest)
     assert not a.loss.requires_grad and not b.loss.requires_grad
-    assert torch.equal(a.loss, b.loss) and torch.equal(a.branches, c.branches)
+    assert torch.equal(a.loss, b.loss) and torch.equal(a.numbers, c.numbers)
 
 
 @each_backend

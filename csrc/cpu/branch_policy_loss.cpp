@@ -33,10 +33,12 @@ void branch_policy_loss(const BranchPolicyLoss& args) {
   const BranchPolicyObjective& o = args.objective;
   const double *s = args.scores, *old = args.old_scores, *A = args.advantages;
   const double* ref = args.ref_scores ? args.ref_scores : old;
-  double* const grad = args.rows + kScoreGrad * G;
-  double* const ratio = args.rows + kRatio * G;
-  double* const log_ratio = args.rows + kLogRatio * G;
-  double* const finite = args.rows + kFinite * G;
+  double* const statistics = args.numbers;
+  double* const rows = args.numbers + kStatistics;
+  double* const grad = rows + kScoreGrad * G;
+  double* const ratio = rows + kRatio * G;
+  double* const log_ratio = rows + kLogRatio * G;
+  double* const finite = rows + kFinite * G;
 
   int64_t count = 0;
   for (int64_t g = 0; g < G; ++g) {
@@ -46,11 +48,10 @@ void branch_policy_loss(const BranchPolicyLoss& args) {
   }
   if (count == 0 || (count < G && !o.drop)) {
     const double value = o.drop ? 0.0 : kNan;
-    *args.loss = value;
     for (int i = 0; i < kStatistics; ++i)
-      args.statistics[i] = value;
+      statistics[i] = value;
     if (o.drop)
-      args.statistics[kDropped] = static_cast<double>(G);
+      statistics[kDropped] = static_cast<double>(G);
     for (int64_t g = 0; g < G; ++g)
       grad[g] = value, ratio[g] = log_ratio[g] = kNan;
     return;
@@ -88,14 +89,14 @@ void branch_policy_loss(const BranchPolicyLoss& args) {
     grad[g] = o.scale * (grad[g] - pi * sum_a + o.kl_coef * pi * (c - mean_c));
   }
   const double entropy = -o.branch_mass * (pi_log_pi + std::log(o.branch_mass));
-  *args.loss = o.scale * (-objective / n + o.kl_coef * kl);
-  args.statistics[kGrpo] = -objective / n;
-  args.statistics[kKl] = kl;
-  args.statistics[kEntropy] = entropy;
-  args.statistics[kClipFraction] = outside / n;
-  args.statistics[kSkip] =
+  statistics[kLoss] = o.scale * (-objective / n + o.kl_coef * kl);
+  statistics[kGrpo] = -objective / n;
+  statistics[kKl] = kl;
+  statistics[kEntropy] = entropy;
+  statistics[kClipFraction] = outside / n;
+  statistics[kSkip] =
       o.min_entropy_ratio > 0 && entropy > std::log(n) * (1.0 - o.min_entropy_ratio);
-  args.statistics[kDropped] = static_cast<double>(G - count);
+  statistics[kDropped] = static_cast<double>(G - count);
 }
 
 } // namespace kvpo::cpu

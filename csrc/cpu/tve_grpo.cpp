@@ -146,7 +146,7 @@ void policy(const TveGrpo& a) {
   BranchPolicyLoss args = a.policy;
   args.scores = a.scores;
   cpu::branch_policy_loss(args);
-  const double* kappa = args.rows + kScoreGrad * x.branches;
+  const double* kappa = args.numbers + kStatistics + kScoreGrad * x.branches;
   for (int64_t g = 0; g < x.branches; ++g)
     for (int64_t s = 0; s < x.steps; ++s)
       a.coefficients[g * x.steps + s] =

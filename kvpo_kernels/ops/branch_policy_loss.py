@@ -52,6 +52,8 @@ class ContrastiveObjective:
                 or not math.isfinite(value)
             ):
                 raise ConfigError(f"{field.name} must be a finite number, got {value!r}")
+            if field.name != "protect":
+                object.__setattr__(self, field.name, float(value))
         low, high = self.clip_range_low, self.clip_range_high
         if not 0 <= low <= 1:
             wrong.append(f"clip_range_low must be in [0, 1], got {low}")
@@ -95,11 +97,11 @@ def scalars_of(objective: ContrastiveObjective, safe: bool, nonfinite: str) -> S
     unsafe_scale = 0.0 if objective.protect == "mechanism_1" else 0.5
     unsafe_mass = 1.0 if objective.protect == "mechanism_1" else 0.5
     return Scalars(
-        float(objective.clip_range_low),
-        float(objective.clip_range_high),
-        float(objective.kl_coef),
-        float(objective.log_ratio_clamp),
-        float(objective.min_update_entropy_ratio),
+        objective.clip_range_low,
+        objective.clip_range_high,
+        objective.kl_coef,
+        objective.log_ratio_clamp,
+        objective.min_update_entropy_ratio,
         1.0 if safe else unsafe_scale,
         1.0 if safe else unsafe_mass,
         nonfinite == "drop",
@@ -110,17 +112,18 @@ def scalars_of(objective: ContrastiveObjective, safe: bool, nonfinite: str) -> S
 class BranchPolicyLoss:
     """A loss and what it was made of. Tensors on the scores' device, in their dtype.
 
-    Only `loss` is differentiable; the properties are views of `statistics` and `branches`.
+    Only `loss` is differentiable; the properties are views of `numbers`, made when asked for.
     """
 
     loss: Tensor
     """`[]`, `scale * (grpo_loss + kl_coef * kl)`; over all ranks where a group was given."""
 
-    statistics: Tensor
-    """`[6]`: GRPO term, KL, entropy, clip fraction, skip, number of dropped branches."""
+    numbers: Tensor
+    """`[7 + 4 G]`: loss, GRPO term, KL, entropy, clip fraction, skip, number of dropped branches;
+    then per branch the score gradient, ratio, log-ratio, and 1 where its inputs are finite."""
 
-    branches: Tensor
-    """`[4, G]`: score gradient, ratio, log-ratio, and 1 where a branch's inputs are finite."""
+    num_branches: int
+    """G, of this rank where a group was given."""
 
     scale: float
     """Factor of the protection: 1, 1/2 or 0."""
@@ -131,54 +134,57 @@ class BranchPolicyLoss:
     @property
     def score_grad(self) -> Tensor:
         """`[G]`, d(loss)/d(scores); sums to 0 over all branches."""
-        return self.branches[0]
+        return self._per_branch(0)
 
     @property
     def ratio(self) -> Tensor:
         """`[G]`, exp of the clamped log-ratio; NaN for a dropped branch."""
-        return self.branches[1]
+        return self._per_branch(1)
 
     @property
     def log_ratio(self) -> Tensor:
         """`[G]`, log pi - log pi_old, not clamped; NaN for a dropped branch."""
-        return self.branches[2]
+        return self._per_branch(2)
 
     @property
     def grpo_loss(self) -> Tensor:
         """`[]`, the clipped policy term, without `scale`."""
-        return self.statistics[0]
+        return self.numbers[1]
 
     @property
     def kl(self) -> Tensor:
         """`[]`, KL(policy || reference) in nats, without `scale` and `kl_coef`."""
-        return self.statistics[1]
+        return self.numbers[2]
 
     @property
     def entropy(self) -> Tensor:
         """`[]`, nats: H(pi), or `H(pi)/2 + log(2)/2` for an unsafe group under mechanism_2."""
-        return self.statistics[2]
+        return self.numbers[3]
 
     @property
     def clip_fraction(self) -> Tensor:
         """`[]`, share of the ratios outside `[1 - low, 1 + high]`."""
-        return self.statistics[3]
+        return self.numbers[4]
 
     @property
     def skip(self) -> Tensor:
         """`[]`, bool: the entropy rule asks to skip this update."""
-        return self.statistics[4] != 0
+        return self.numbers[5] != 0
 
     @property
     def dropped(self) -> Tensor:
         """`[]`, int64: how many branches `nonfinite="drop"` left out."""
-        return self.statistics[5].long()
+        return self.numbers[6].long()
+
+    def _per_branch(self, row: int) -> Tensor:
+        return self.numbers.narrow(0, 7 + row * self.num_branches, self.num_branches)
 
     def check(self) -> None:
         """Raise ShapeError if the loss or a gradient is not finite; waits for a GPU."""
         bad_grad = (~self.score_grad.isfinite()).nonzero().flatten().tolist()
         if bool(self.loss.isfinite()) and not bad_grad:
             return
-        bad = (self.branches[3] == 0).nonzero().flatten().tolist()
+        bad = (self._per_branch(3) == 0).nonzero().flatten().tolist()
         raise ShapeError(
             f"the loss is {self.loss.item()}: score or energy, old score, reference score or "
             f"advantage is not finite for branches {bad or bad_grad}"
@@ -259,22 +265,28 @@ def branch_policy_loss(
         )
     old_scores, advantages, ref_scores = _checked(scores, old_scores, advantages, ref_scores)
     chosen = registry.select(OP, BACKENDS, Problem(scores.device.type), backend).name
-    loss, statistics, branches = _forward(
-        scores.detach(), old_scores, advantages, ref_scores, *scalars, chosen
-    )
+    numbers = _forward(scores.detach(), old_scores, advantages, ref_scores, *scalars, chosen)
+    return _result(scores, numbers, scalars.scale, ref_scores)
+
+
+def _result(
+    scores: Tensor, numbers: Tensor, scale: float, ref_scores: Tensor | None
+) -> BranchPolicyLoss:
+    G = scores.shape[0]
     if scores.requires_grad and torch.is_grad_enabled():
-        loss = LossWithGradient.apply(scores, loss, branches[0])  # type: ignore[no-untyped-call]
-    reference: Literal["given", "old"] = "old" if ref_scores is None else "given"
-    return BranchPolicyLoss(loss, statistics, branches, scalars.scale, reference)
+        loss = LossWithGradient.apply(scores, numbers, numbers[7 : 7 + G])  # type: ignore[no-untyped-call]
+    else:
+        loss = numbers[0]
+    return BranchPolicyLoss(loss, numbers, G, scale, "old" if ref_scores is None else "given")
 
 
 class LossWithGradient(torch.autograd.Function):
-    """A scalar loss whose gradient for `x` is known already: the backward is one scale."""
+    """The loss `numbers[0]`, whose gradient for `x` is known already: the backward is one scale."""
 
     @staticmethod
-    def forward(ctx, x, loss, grad):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, numbers, grad):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(grad)
-        return loss.clone()
+        return numbers[0].clone()
 
     @staticmethod
     @once_differentiable
@@ -415,20 +427,17 @@ def _over_group(
     everyone = gathered.to(scores.dtype).unbind()
     chosen = registry.select(OP, BACKENDS, Problem(device.type), backend).name
     ref = everyone[3] if ref_scores is not None else None
-    loss, statistics, branches = _forward(*everyone[:3], ref, *scalars, chosen)
-    first = sum(counts[: dist.get_rank(group)])
-    own = branches[:, first : first + count]
-    if scores.requires_grad and torch.is_grad_enabled():
-        loss = LossWithGradient.apply(scores, loss, own[0])  # type: ignore[no-untyped-call]
-    reference: Literal["given", "old"] = "old" if ref_scores is None else "given"
-    return BranchPolicyLoss(loss, statistics, own, scalars.scale, reference)
+    numbers = _forward(*everyone[:3], ref, *scalars, chosen)
+    first, G = sum(counts[: dist.get_rank(group)]), sum(counts)
+    own = [numbers[7 + row * G + first :][:count] for row in range(4)]
+    return _result(scores, torch.cat([numbers[:7], *own]), scalars.scale, ref_scores)
 
 
 torch.library.define(
     "kvpo::branch_policy_loss",
     "(Tensor scores, Tensor old_scores, Tensor advantages, Tensor? ref_scores, float clip_low,"
     " float clip_high, float kl_coef, float log_ratio_clamp, float min_entropy_ratio, float scale,"
-    " float branch_mass, bool drop, str backend) -> (Tensor, Tensor, Tensor)",
+    " float branch_mass, bool drop, str backend) -> Tensor",
 )
 _MODULES = {b.name: b for b in BACKENDS}
 
@@ -439,22 +448,22 @@ def _forward_impl(
     advantages: Tensor,
     ref_scores: Tensor | None,
     *scalars_and_backend: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Tensor:
     *scalars, backend = scalars_and_backend
     forward = _MODULES[backend].load().forward
-    loss, statistics, branches = forward(scores, old_scores, advantages, ref_scores, *scalars)
+    numbers: Tensor = forward(scores, old_scores, advantages, ref_scores, *scalars)
     # Here and not in the public function, so that a compiled graph checks as well.
-    if not scalars[-1] and loss.device.type == "cpu" and not math.isfinite(loss.item()):
+    if not scalars[-1] and numbers.device.type == "cpu" and not math.isfinite(numbers[0].item()):
         refuse_nonfinite(
             scores=scores, old_scores=old_scores, advantages=advantages, ref_scores=ref_scores
         )
-    return loss, statistics, branches
+    return numbers
 
 
 def _forward_fake(
     scores: Tensor, old_scores: Tensor, advantages: Tensor, ref_scores: Tensor | None, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return scores.new_empty(()), scores.new_empty(6), scores.new_empty(4, scores.shape[0])
+) -> Tensor:
+    return scores.new_empty(7 + 4 * scores.shape[0])
 
 
 torch.library.impl("kvpo::branch_policy_loss", ("cpu", "cuda"), _forward_impl)

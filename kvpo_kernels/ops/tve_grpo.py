@@ -39,8 +39,13 @@ OP = "tve_grpo"
 class TveGrpoLoss(BranchPolicyLoss):
     """`BranchPolicyLoss` with the energies that the scores came from."""
 
-    energies: Tensor
-    """`[G]`, float32 (float64 for float64 input), detached; the scores are their negatives."""
+    numbers: Tensor
+    """`[7 + 5 G]`: as in `BranchPolicyLoss`, then the energies."""
+
+    @property
+    def energies(self) -> Tensor:
+        """`[G]`, float32 (float64 for float64 input), detached; the scores are their negatives."""
+        return self._per_branch(4)
 
 
 BACKENDS: tuple[Backend[Problem], ...] = (
@@ -123,7 +128,7 @@ def tve_grpo_loss(
         ref_scores = check_scalars("ref_scores", ref_scores, *like)
     chosen = registry.select(OP, BACKENDS, Problem(pred.device.type, pred.dtype), backend).name
     needs_grad = pred.requires_grad and torch.is_grad_enabled()
-    loss, statistics, branches, energies, grad = _forward(
+    numbers, grad = _forward(
         pred.detach(),
         target,
         weights,
@@ -135,10 +140,9 @@ def tve_grpo_loss(
         needs_grad,
         chosen,
     )
-    if needs_grad:
-        loss = LossWithGradient.apply(pred, loss, grad)  # type: ignore[no-untyped-call]
+    loss = LossWithGradient.apply(pred, numbers, grad) if needs_grad else numbers[0]  # type: ignore[no-untyped-call]
     reference: Literal["given", "old"] = "old" if ref_scores is None else "given"
-    return TveGrpoLoss(loss, statistics, branches, scalars.scale, reference, energies)
+    return TveGrpoLoss(loss, numbers, pred.shape[0], scalars.scale, reference)
 
 
 def _over_group(
@@ -178,8 +182,9 @@ def _over_group(
     loss = r.loss
     if pred.requires_grad and torch.is_grad_enabled():
         grad = energy_gradient(pred.detach(), target, grad_weights, -r.score_grad, backend)
-        loss = LossWithGradient.apply(pred, loss, grad)  # type: ignore[no-untyped-call]
-    return TveGrpoLoss(loss, r.statistics, r.branches, r.scale, r.kl_reference, energies)
+        loss = LossWithGradient.apply(pred, r.numbers, grad)  # type: ignore[no-untyped-call]
+    numbers = torch.cat([r.numbers, energies])
+    return TveGrpoLoss(loss, numbers, r.num_branches, r.scale, r.kl_reference)
 
 
 def _masked(weights: Tensor, grad_steps: Tensor | Sequence[bool]) -> Tensor:
@@ -196,7 +201,7 @@ torch.library.define(
     "(Tensor pred, Tensor target, Tensor weights, Tensor grad_weights, Tensor old_scores,"
     " Tensor advantages, Tensor? ref_scores, float clip_low, float clip_high, float kl_coef,"
     " float log_ratio_clamp, float min_entropy_ratio, float scale, float branch_mass, bool drop,"
-    " bool needs_grad, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool needs_grad, str backend) -> (Tensor, Tensor)",
 )
 _MODULES = {b.name: b for b in BACKENDS}
 
@@ -210,21 +215,23 @@ def _forward_impl(
     advantages: Tensor,
     ref_scores: Tensor | None,
     *options_and_backend: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     *options, backend = options_and_backend
-    results: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = (
-        _MODULES[backend]
-        .load()
-        .forward(pred, target, weights, grad_weights, old_scores, advantages, ref_scores, *options)
+    forward = _MODULES[backend].load().forward
+    numbers: Tensor
+    numbers, grad = forward(
+        pred, target, weights, grad_weights, old_scores, advantages, ref_scores, *options
     )
-    loss, energies = results[0], results[3]
     drop = options[-2]
     # Here and not in the public function, so that a compiled graph checks as well.
-    if not drop and loss.device.type == "cpu" and not math.isfinite(loss.item()):
+    if not drop and numbers.device.type == "cpu" and not math.isfinite(numbers[0].item()):
         refuse_nonfinite(
-            energies=energies, old_scores=old_scores, advantages=advantages, ref_scores=ref_scores
+            energies=numbers[-len(old_scores) :],
+            old_scores=old_scores,
+            advantages=advantages,
+            ref_scores=ref_scores,
         )
-    return results
+    return numbers, grad
 
 
 def _forward_fake(
@@ -236,16 +243,11 @@ def _forward_fake(
     advantages: Tensor,
     ref_scores: Tensor | None,
     *options: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     G, needs_grad = pred.shape[0], options[-2]
     dtype = torch.promote_types(pred.dtype, torch.float32)
-    return (
-        pred.new_empty((), dtype=dtype),
-        pred.new_empty(6, dtype=dtype),
-        pred.new_empty(4, G, dtype=dtype),
-        pred.new_empty(G, dtype=dtype),
-        pred.new_empty(pred.shape if needs_grad else 0),
-    )
+    numbers = pred.new_empty(7 + 5 * G, dtype=dtype)
+    return numbers, pred.new_empty(pred.shape if needs_grad else 0)
 
 
 torch.library.impl("kvpo::tve_grpo", ("cpu", "cuda"), _forward_impl)

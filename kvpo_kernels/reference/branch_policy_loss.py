@@ -21,12 +21,12 @@ def forward(
     scale: float,
     branch_mass: float,
     drop: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `(loss, statistics, branches)`.
+) -> Tensor:
+    """Return the results in one tensor `[7 + 4 G]` of the scores' dtype.
 
-    `statistics` is `[6]`: GRPO term, KL, entropy, clip fraction, skip, dropped branches;
-    `branches` is `[4, G]`: score gradient, ratio, log-ratio, and 1 where the inputs are finite.
-    No value is read on the host. Without `drop`, one non-finite input makes everything NaN.
+    These are loss, GRPO term, KL, entropy, clip fraction, skip, number of dropped branches; then
+    `[G]` each the score gradient, ratio, log-ratio, and 1 where a branch's inputs are finite.
+    No value is read on the host. Without `drop`, one non-finite input makes the others NaN.
     """
     s, old, A = scores.double(), old_scores.double(), advantages.double()
     ref = old if ref_scores is None else ref_scores.double()
@@ -60,14 +60,12 @@ def forward(
     nan = float("nan")
     poison = torch.where(finite.all() | drop, 0.0, nan)
     statistics = torch.stack(
-        [grpo, kl, entropy, outside.double().sum() / n, skip.double(), (~kept).sum().double()]
+        [loss, grpo, kl, entropy, outside.double().sum() / n, skip.double(), len(s) - count]
     )
     no_ratio = torch.where(kept, 0.0, nan)
-    branches = torch.stack(
-        [grad + poison, ratio + no_ratio + poison, log_ratio + no_ratio + poison, finite.double()]
-    )
-    out = scores.dtype
-    return (loss + poison).to(out), (statistics + poison).to(out), branches.to(out)
+    per_branch = (grad, ratio + no_ratio, log_ratio + no_ratio)
+    poisoned = torch.cat([statistics, *per_branch]) + poison
+    return torch.cat([poisoned, finite.double()]).to(scores.dtype)
 
 
 def _log_softmax(x: Tensor, kept: Tensor) -> Tensor:

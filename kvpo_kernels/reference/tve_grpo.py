@@ -1,5 +1,6 @@
 """`tve_grpo` in plain PyTorch: energies, the loss of their Gibbs policy, and the gradient."""
 
+import torch
 from torch import Tensor
 
 from . import branch_policy_loss, velocity_energy
@@ -22,13 +23,14 @@ def forward(
     branch_mass: float,
     drop: bool,
     needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return `(loss, statistics, branches, energies, grad_pred)`; grad_pred is empty if unneeded.
+) -> tuple[Tensor, Tensor]:
+    """Return `(numbers [7 + 5 G], grad_pred)`; grad_pred is empty if not needed.
 
-    `grad_weights` are the weights of the block-steps that carry gradient, 0 for the others.
+    The numbers are those of `branch_policy_loss`, then the energies. `grad_weights` are the weights
+    of the block-steps that carry gradient, 0 for the others.
     """
     energies = velocity_energy.forward(pred, target, weights)
-    loss, statistics, branches = branch_policy_loss.forward(
+    numbers = branch_policy_loss.forward(
         -energies,
         old_scores,
         advantages,
@@ -42,7 +44,8 @@ def forward(
         branch_mass,
         drop,
     )
-    if not needs_grad:
-        return loss, statistics, branches, energies, pred.new_empty(0)
-    grad = velocity_energy.backward(pred, target, grad_weights, -branches[0])
-    return loss, statistics, branches, energies, grad
+    grad = pred.new_empty(0)
+    if needs_grad:
+        score_grad = numbers[7 : 7 + len(energies)]
+        grad = velocity_energy.backward(pred, target, grad_weights, -score_grad)
+    return torch.cat([numbers, energies]), grad

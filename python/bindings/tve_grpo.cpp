@@ -75,65 +75,66 @@ void velocity_gradient(const py::capsule& pred, const py::capsule& target,
   kvpo::cpu::velocity_gradient({x, coefficients.data(), out});
 }
 
-// The policy loss of one call, with the memory behind its pointers.
-struct Policy {
-  Policy(int64_t branches, const Numbers& old, const Numbers& advantages,
-         const std::optional<Numbers>& ref, const kvpo::BranchPolicyObjective& objective)
-      : statistics(kvpo::kStatistics), rows(static_cast<size_t>(kvpo::kBranchRows * branches)) {
-    expect_size(old, branches, "old_scores");
-    expect_size(advantages, branches, "advantages");
-    if (ref)
-      expect_size(*ref, branches, "ref_scores");
-    args = {branches,   objective,         nullptr,
-            old.data(), advantages.data(), ref ? ref->data() : nullptr,
-            &loss,      statistics.data(), rows.data()};
-  }
-
-  double loss = 0.0;
-  Numbers statistics, rows;
-  kvpo::BranchPolicyLoss args;
-};
-
-auto branch_policy_loss(const Numbers& scores, const Numbers& old, const Numbers& advantages,
-                        const std::optional<Numbers>& ref, double clip_low, double clip_high,
-                        double kl_coef, double log_ratio_clamp, double min_entropy_ratio,
-                        double scale, double branch_mass, bool drop) {
-  KVPO_CHECK(!scores.empty(), "scores must not be empty");
-  Policy policy(
-      static_cast<int64_t>(scores.size()), old, advantages, ref,
-      {clip_low, clip_high, kl_coef, log_ratio_clamp, min_entropy_ratio, scale, branch_mass, drop});
-  policy.args.scores = scores.data();
-  kvpo::cpu::branch_policy_loss(policy.args);
-  return py::make_tuple(policy.loss, policy.statistics, policy.rows);
+kvpo::BranchPolicyLoss policy(int64_t branches, const Numbers& old, const Numbers& advantages,
+                              const std::optional<Numbers>& ref,
+                              const kvpo::BranchPolicyObjective& objective, Numbers& numbers) {
+  KVPO_CHECK(branches > 0, "there must be a branch");
+  expect_size(old, branches, "old_scores");
+  expect_size(advantages, branches, "advantages");
+  if (ref)
+    expect_size(*ref, branches, "ref_scores");
+  return {branches,      objective,         nullptr,
+          old.data(),    advantages.data(), ref ? ref->data() : nullptr,
+          numbers.data()};
 }
 
-py::tuple tve_grpo(const py::capsule& pred, const py::capsule& target, const Numbers& weights,
-                   const Numbers& grad_weights, const Numbers& old, const Numbers& advantages,
-                   const std::optional<Numbers>& ref, double clip_low, double clip_high,
-                   double kl_coef, double log_ratio_clamp, double min_entropy_ratio, double scale,
-                   double branch_mass, bool drop, const std::optional<py::capsule>& grad,
-                   int threads) {
+// kStatistics + kBranchRows * G numbers, and G more for the energies of the fused form.
+Numbers numbers_for(int64_t branches, int64_t rows) {
+  return Numbers(static_cast<size_t>(kvpo::kStatistics + rows * branches));
+}
+
+Numbers branch_policy_loss(const Numbers& scores, const Numbers& old, const Numbers& advantages,
+                           const std::optional<Numbers>& ref, double clip_low, double clip_high,
+                           double kl_coef, double log_ratio_clamp, double min_entropy_ratio,
+                           double scale, double branch_mass, bool drop) {
+  const auto G = static_cast<int64_t>(scores.size());
+  Numbers numbers = numbers_for(G, kvpo::kBranchRows);
+  auto args = policy(
+      G, old, advantages, ref,
+      {clip_low, clip_high, kl_coef, log_ratio_clamp, min_entropy_ratio, scale, branch_mass, drop},
+      numbers);
+  args.scores = scores.data();
+  kvpo::cpu::branch_policy_loss(args);
+  return numbers;
+}
+
+Numbers tve_grpo(const py::capsule& pred, const py::capsule& target, const Numbers& weights,
+                 const Numbers& grad_weights, const Numbers& old, const Numbers& advantages,
+                 const std::optional<Numbers>& ref, double clip_low, double clip_high,
+                 double kl_coef, double log_ratio_clamp, double min_entropy_ratio, double scale,
+                 double branch_mass, bool drop, const std::optional<py::capsule>& grad,
+                 int threads) {
   const View p(pred, "pred");
   const auto x = trajectories(p, View(target, "target"), threads);
   expect_size(weights, x.steps, "weights");
   expect_size(grad_weights, x.steps, "grad_weights");
-  Policy policy(
+  Numbers numbers = numbers_for(x.branches, kvpo::kBranchRows + 1);
+  double* const energies = &numbers[numbers.size() - static_cast<size_t>(x.branches)];
+  const auto loss = policy(
       x.branches, old, advantages, ref,
-      {clip_low, clip_high, kl_coef, log_ratio_clamp, min_entropy_ratio, scale, branch_mass, drop});
+      {clip_low, clip_high, kl_coef, log_ratio_clamp, min_entropy_ratio, scale, branch_mass, drop},
+      numbers);
   void* const out = grad ? gradient_data(View(*grad, "grad"), p) : nullptr;
-  Numbers energies(static_cast<size_t>(x.branches));
-  {
-    py::gil_scoped_release release;
-    Numbers partials(partials_size(x)), scores(energies.size());
-    Numbers coefficients(static_cast<size_t>(x.branches * x.steps));
-    kvpo::cpu::tve_grpo({{x, weights.data(), partials.data(), energies.data()},
-                         grad_weights.data(),
-                         policy.args,
-                         scores.data(),
-                         coefficients.data(),
-                         out});
-  }
-  return py::make_tuple(policy.loss, policy.statistics, policy.rows, energies);
+  py::gil_scoped_release release;
+  Numbers partials(partials_size(x)), scores(static_cast<size_t>(x.branches));
+  Numbers coefficients(static_cast<size_t>(x.branches * x.steps));
+  kvpo::cpu::tve_grpo({{x, weights.data(), partials.data(), energies},
+                       grad_weights.data(),
+                       loss,
+                       scores.data(),
+                       coefficients.data(),
+                       out});
+  return numbers;
 }
 
 } // namespace

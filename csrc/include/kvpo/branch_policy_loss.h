@@ -23,7 +23,17 @@ struct BranchPolicyObjective {
   bool drop; // leave out branches with a non-finite input; else such a branch makes all NaN
 };
 
-enum BranchPolicyStatistic { kGrpo, kKl, kEntropy, kClipFraction, kSkip, kDropped, kStatistics };
+// The results lie in one array: these statistics, then rows [G] in the order of BranchPolicyRow.
+enum BranchPolicyStatistic {
+  kLoss,
+  kGrpo,
+  kKl,
+  kEntropy,
+  kClipFraction,
+  kSkip,
+  kDropped,
+  kStatistics
+};
 enum BranchPolicyRow { kScoreGrad, kRatio, kLogRatio, kFinite, kBranchRows };
 
 struct BranchPolicyLoss {
@@ -33,9 +43,7 @@ struct BranchPolicyLoss {
   const double* old_scores; // [G]
   const double* advantages; // [G]
   const double* ref_scores; // [G], or null: the old policy
-  double* loss;             // [1]
-  double* statistics;       // [kStatistics]
-  double* rows;             // [kBranchRows, G]
+  double* numbers;          // [kStatistics + kBranchRows * G]
 };
 
 namespace cpu {

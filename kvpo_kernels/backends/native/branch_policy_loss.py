@@ -12,18 +12,13 @@ def forward(
     advantages: Tensor,
     ref_scores: Tensor | None,
     *options: float | bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `(loss, statistics [6], branches [4, G])`."""
-    loss, statistics, branches = _native.branch_policy_loss(
+) -> Tensor:
+    """Return the numbers `[7 + 4 G]`."""
+    numbers = _native.branch_policy_loss(
         scores.tolist(),
         old_scores.tolist(),
         advantages.tolist(),
         None if ref_scores is None else ref_scores.tolist(),
         *options,  # type: ignore[arg-type]
     )
-    dtype = scores.dtype
-    return (
-        torch.tensor(loss, dtype=dtype),
-        torch.tensor(statistics, dtype=dtype),
-        torch.tensor(branches, dtype=dtype).view(4, -1),
-    )
+    return torch.tensor(numbers, dtype=scores.dtype)

@@ -16,12 +16,12 @@ def forward(
     advantages: Tensor,
     ref_scores: Tensor | None,
     *options: float | bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return `(loss, statistics [6], branches [4, G], energies [G], grad)`; grad may be empty."""
+) -> tuple[Tensor, Tensor]:
+    """Return `(numbers [7 + 5 G], grad)`; grad is empty if not needed."""
     *objective, needs_grad = options
     step_weights = weights.tolist()
     grad = pred.new_empty(pred.shape if needs_grad else 0)
-    loss, statistics, branches, energies = _native.tve_grpo(  # type: ignore[call-arg]
+    numbers = _native.tve_grpo(  # type: ignore[call-arg]
         view(pred.contiguous()),
         view(target.contiguous()),
         step_weights,
@@ -33,11 +33,4 @@ def forward(
         view(grad) if needs_grad else None,
         torch.get_num_threads(),
     )
-    f32 = torch.float32
-    return (
-        torch.tensor(loss, dtype=f32),
-        torch.tensor(statistics, dtype=f32),
-        torch.tensor(branches, dtype=f32).view(4, -1),
-        torch.tensor(energies, dtype=f32),
-        grad,
-    )
+    return torch.tensor(numbers, dtype=torch.float32), grad
