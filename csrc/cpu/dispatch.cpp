@@ -1,5 +1,6 @@
 // From the public entry points of the CPU kernels to the build for this machine's instruction set.
 #include "isa.h"
+#include "kvpo/routed_attention.h"
 
 // For `void kvpo::cpu::f(const Args&)` declared in a header, the kernel file defines
 // `kvpo::cpu::<isa>::f`. Each use of the macro declares those and defines the choice.
@@ -39,4 +40,7 @@
   }
 #endif
 
-namespace kvpo::cpu {} // namespace kvpo::cpu
+namespace kvpo::cpu {
+KVPO_DISPATCH(routed_attention_forward, RoutedAttentionForward)
+KVPO_DISPATCH(routed_attention_backward, RoutedAttentionBackward)
+} // namespace kvpo::cpu
