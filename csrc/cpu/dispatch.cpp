@@ -1,5 +1,6 @@
 // From the public entry points of the CPU kernels to the build for this machine's instruction set.
 #include "isa.h"
+#include "kvpo/routed_attention.h"
 #include "kvpo/tve_grpo.h"
 
 // For `void kvpo::cpu::f(const Args&)` declared in a header, the kernel file defines
@@ -41,6 +42,8 @@
 #endif
 
 namespace kvpo::cpu {
+KVPO_DISPATCH(routed_attention_forward, RoutedAttentionForward)
+KVPO_DISPATCH(routed_attention_backward, RoutedAttentionBackward)
 KVPO_DISPATCH(velocity_energy, VelocityEnergy)
 KVPO_DISPATCH(velocity_gradient, VelocityGradient)
 KVPO_DISPATCH(tve_grpo, TveGrpo)

@@ -1,0 +1,297 @@
+"""Attention of many rows over the frames of one shared pool, read where they are, never copied.
+
+Shape letters: B rows (a row is one branch of one prompt), Q query tokens, H heads, Hkv key heads,
+D head size, F frames (slots) of the pool, T tokens per frame, R routed frames per row, L live
+tokens.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kvpo_kernels import registry
+from kvpo_kernels.errors import BackendUnavailable, ConfigError, DtypeError, ShapeError
+from kvpo_kernels.history.route_table import RouteTable
+from kvpo_kernels.registry import Backend
+
+OP = "routed_attention"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a backend needs to know to accept or refuse a call."""
+
+    device: str
+    dtype: torch.dtype
+    head_size: int
+    needs_grad: bool
+
+
+def _why_not_cpu(p: Problem) -> str | None:
+    if not registry.HAS_NATIVE:
+        return "the native module is not built"
+    if p.device != "cpu":
+        return f"takes cpu tensors, got {p.device}"
+    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16, got {p.dtype}"
+    if p.head_size % 16 or p.head_size > 256:
+        return f"takes head sizes that are multiples of 16 up to 256, got {p.head_size}"
+    return None
+
+
+BACKENDS: tuple[Backend[Problem], ...] = (
+    Backend("cpu", "kvpo_kernels.backends.native.routed_attention", _why_not_cpu),
+    Backend("reference", "kvpo_kernels.reference.routed_attention", lambda p: None),
+)
+
+
+@overload
+def routed_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    table: RouteTable,
+    k_live: Tensor | None = None,
+    v_live: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+@overload
+def routed_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    table: RouteTable,
+    k_live: Tensor | None = None,
+    v_live: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+def routed_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    table: RouteTable,
+    k_live: Tensor | None = None,
+    v_live: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Softmax attention of each row over the frames that its route names and its own block.
+
+    For row `b` the keys are the frames `k_pool[table.slots[b]]` and then `k_live[b]`, end to end,
+    without a copy and without a mask:
+
+        out[b] = softmax(scale * q[b] @ keys[b]^T) @ values[b]
+        lse[b] = logsumexp(scale * q[b] @ keys[b]^T)
+
+    Args:
+        q: `[B, Q, H, D]`, float32, float64, bfloat16 or float16.
+        k_pool: `[F, T, Hkv, D]`, dtype and device of `q`; any strides but a contiguous last axis.
+            A constant: never differentiated, copied or made contiguous. H is a multiple of Hkv.
+        v_pool: as `k_pool`, with strides of its own.
+        table: which slots each row attends to, in order; made for F slots and B rows, on the device
+            of `q`. Slot values were checked when it was made and are not read here.
+        k_live: `[B, L, Hkv, D]`, the row's own tokens, attended after the routed ones; None for
+            none. Differentiable.
+        v_live: as `k_live`; both or neither.
+        scale: multiplies the scores; finite, of any sign; `D ** -0.5` if None.
+        return_lse: also return `lse`.
+        backend: a name in `BACKENDS`; None takes the first that can run. A named one never falls
+            back to another.
+
+    Returns:
+        `out [B, Q, H, D]` contiguous, in the dtype of `q`; with `return_lse` also `lse [B, H, Q]`,
+        natural log, float32 (float64 for float64 input), not differentiable. A row with neither
+        routed frames nor live tokens has `out = 0`, `lse = -inf` and zero gradients.
+
+        Gradients flow to `q`, `k_live` and `v_live`, once: there is no second derivative. Forward
+        and backward are deterministic, and the bits of a row do not depend on the other rows, nor,
+        on the cpu backend, on the number of threads. A NaN in a frame reaches the rows routed to
+        it and no other.
+
+    Raises:
+        ShapeError: a rank, shape or stride does not fit, the table was made for another pool or
+            batch, the pool requires grad, or live tokens that need a gradient lie in the pool.
+        DtypeError: a dtype or device differs from that of `q`, or is not supported.
+        ConfigError: `scale` is not finite.
+        BackendUnavailable: no backend, or not the named one, can run the call; says why for each.
+
+    Source: the routed local window of KVPO (arXiv:2605.14278); online softmax as in Milakov and
+    Gimelshein (arXiv:1805.02867).
+    """
+    if k_live is None and v_live is None and q.ndim == 4 and k_pool.ndim == 4:
+        k_live = v_live = k_pool.new_empty(q.shape[0], 0, k_pool.shape[2], k_pool.shape[3])
+    if k_live is None or v_live is None:
+        raise ShapeError("k_live and v_live must be given both or neither")
+    _check(q, k_pool, v_pool, table, k_live, v_live)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not math.isfinite(scale):
+        raise ConfigError(f"scale must be finite, got {scale}")
+    needs_grad = torch.is_grad_enabled() and (
+        q.requires_grad or k_live.requires_grad or v_live.requires_grad
+    )
+    problem = Problem(q.device.type, q.dtype, q.shape[-1], needs_grad)
+    chosen = registry.select(OP, BACKENDS, problem, backend).name
+    if needs_grad:
+        _check_not_in_pool(k_pool, v_pool, k_live, v_live)
+        out, lse = _RoutedAttention.apply(  # type: ignore[no-untyped-call]
+            q, k_pool, v_pool, table.slots, k_live, v_live, scale, chosen
+        )
+    else:
+        out, lse = _forward(q, k_pool, v_pool, table.slots, k_live, v_live, scale, chosen)
+    return (out, lse) if return_lse else out
+
+
+def _check(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, table: RouteTable, k_live: Tensor, v_live: Tensor
+) -> None:
+    if q.ndim != 4:
+        raise ShapeError(f"q must be [B, Q, H, D], got {list(q.shape)}")
+    if k_pool.ndim != 4 or k_pool.shape[3] != q.shape[3]:
+        raise ShapeError(f"k_pool must be [F, T, Hkv, {q.shape[3]}], got {list(k_pool.shape)}")
+    heads, kv_heads = q.shape[2], k_pool.shape[2]
+    if kv_heads == 0 or heads % kv_heads:
+        raise ShapeError(f"the {heads} heads of q must be a multiple of the {kv_heads} of k_pool")
+    if v_pool.shape != k_pool.shape:
+        raise ShapeError(
+            f"v_pool must be {list(k_pool.shape)} like k_pool, got {list(v_pool.shape)}"
+        )
+    if k_live.ndim != 4 or (k_live.shape[0], *k_live.shape[2:]) != (q.shape[0], *k_pool.shape[2:]):
+        raise ShapeError(
+            f"k_live must be [{q.shape[0]}, L, {kv_heads}, {q.shape[3]}], got {list(k_live.shape)}"
+        )
+    if v_live.shape != k_live.shape:
+        raise ShapeError(
+            f"v_live must be {list(k_live.shape)} like k_live, got {list(v_live.shape)}"
+        )
+    others = (("k_pool", k_pool), ("v_pool", v_pool), ("k_live", k_live), ("v_live", v_live))
+    for name, t in others[:2]:
+        if t.dtype.is_floating_point and t.element_size() == 1:
+            why = f"{name} is {t.dtype}: quantized caches (LongLive-2 FP8, NVFP4) are not supported"
+            raise BackendUnavailable(OP, {b.name: why for b in BACKENDS})
+    if q.dtype not in _DTYPES:
+        raise DtypeError(f"q must be float32, float64, bfloat16 or float16, got {q.dtype}")
+    for name, t in others:
+        if t.dtype is not q.dtype:
+            raise DtypeError(f"{name} must be {q.dtype} like q, got {t.dtype}")
+        if t.device != q.device:
+            raise DtypeError(f"{name} must be on {q.device} like q, got {t.device}")
+    for name, t in others[:2]:
+        if t.requires_grad:
+            raise ShapeError(f"{name} requires grad, but a pool is a constant: detach it")
+        if t.stride(3) != 1 and t.shape[3] > 1:
+            raise ShapeError(f"{name}: last axis must be contiguous, got strides {t.stride()}")
+    if not isinstance(table, RouteTable):
+        raise DtypeError(f"table must be a RouteTable, got {type(table).__name__}")
+    if table.num_rows != q.shape[0]:
+        raise ShapeError(f"table has {table.num_rows} rows, but q has {q.shape[0]}")
+    if table.num_slots != k_pool.shape[0]:
+        raise ShapeError(
+            f"table was made for a pool of {table.num_slots} slots,"
+            f" but k_pool has {k_pool.shape[0]}"
+        )
+    if table.slots.device != q.device:
+        raise DtypeError(f"table is on {table.slots.device}, but q is on {q.device}")
+
+
+def _check_not_in_pool(k_pool: Tensor, v_pool: Tensor, k_live: Tensor, v_live: Tensor) -> None:
+    """The backward pass reads the live tokens again; the pool may be rewritten before that."""
+    if torch.compiler.is_compiling() or type(k_live) not in (Tensor, torch.nn.Parameter):
+        return  # no memory to look at
+    for live_name, live in (("k_live", k_live), ("v_live", v_live)):
+        for pool_name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+            if live.numel() == 0 or pool.numel() == 0 or live.device.type == "meta":
+                continue
+            (live_first, live_end), (first, end) = _memory_range(live), _memory_range(pool)
+            if live_first < end and first < live_end:
+                raise ShapeError(f"{live_name} lies in the memory of {pool_name}: clone it")
+
+
+def _memory_range(tensor: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte and past the last byte; strides are not negative in PyTorch."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (last + 1) * tensor.element_size()
+
+
+# The two registered operators. They exist for torch.compile, fake tensors and checkpoint policies;
+# the schema is the contract every backend launcher meets. Autograd stays outside, in
+# _RoutedAttention. Without live tokens, k_live and v_live are empty.
+torch.library.define(
+    "kvpo::routed_attention_forward",
+    "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor slots, Tensor k_live, Tensor v_live,"
+    " float scale, str backend) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "kvpo::routed_attention_backward",
+    "(Tensor grad_out, Tensor q, Tensor k_pool, Tensor v_pool, Tensor slots, Tensor k_live,"
+    " Tensor v_live, Tensor out, Tensor lse, float scale, str backend) -> (Tensor, Tensor, Tensor)",
+)
+_MODULES = {b.name: b for b in BACKENDS}
+
+
+def _forward_impl(*args: object) -> tuple[Tensor, Tensor]:
+    *inputs, backend = args
+    return _MODULES[str(backend)].load().forward(*inputs)  # type: ignore[no-any-return]
+
+
+def _backward_impl(*args: object) -> tuple[Tensor, Tensor, Tensor]:
+    *inputs, backend = args
+    return _MODULES[str(backend)].load().backward(*inputs)  # type: ignore[no-any-return]
+
+
+def _forward_fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    B, Q, H, _D = q.shape
+    lse_dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty(B, H, Q, dtype=lse_dtype)
+
+
+def _backward_fake(
+    grad_out: Tensor,
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor,
+    k_live: Tensor,
+    v_live: Tensor,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k_live.new_empty(k_live.shape), v_live.new_empty(v_live.shape)
+
+
+torch.library.impl("kvpo::routed_attention_forward", ("cpu", "cuda"), _forward_impl)
+torch.library.impl("kvpo::routed_attention_backward", ("cpu", "cuda"), _backward_impl)
+torch.library.register_fake("kvpo::routed_attention_forward", _forward_fake)
+torch.library.register_fake("kvpo::routed_attention_backward", _backward_fake)
+_forward = torch.ops.kvpo.routed_attention_forward.default
+_backward = torch.ops.kvpo.routed_attention_backward.default
+
+
+class _RoutedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k_pool, v_pool, slots, k_live, v_live, scale, backend):  # type: ignore[no-untyped-def]
+        out, lse = _forward(q, k_pool, v_pool, slots, k_live, v_live, scale, backend)
+        # Saving `slots` also keeps the table's frames from being rewritten: the pool holds them
+        # for as long as the tensor lives.
+        ctx.save_for_backward(q, k_pool, v_pool, slots, k_live, v_live, out, lse)
+        ctx.scale, ctx.backend = scale, backend
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
+        grad_q, grad_k, grad_v = _backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.backend)
+        return grad_q, None, None, None, grad_k, grad_v, None, None
