@@ -72,3 +72,38 @@ def routed_attention_backward(
     scale: float,
     threads: int,
 ) -> None: ...
+def norm_rope_forward(
+    *,
+    x: object,
+    weight: object,
+    cos: object,
+    sin: object,
+    out: object,
+    eps: float,
+    threads: int,
+) -> None: ...
+def norm_rope_backward(
+    *,
+    grad: object,
+    x: object,
+    weight: object,
+    cos: object,
+    sin: object,
+    grad_x: object,
+    grad_weight: object,
+    eps: float,
+    threads: int,
+) -> None: ...
+def norm_rope_write(
+    *,
+    x: object,
+    weight: object,
+    cos: object,
+    sin: object,
+    v: object,
+    k_pool: object,
+    v_pool: object,
+    slots: object,
+    eps: float,
+    threads: int,
+) -> None: ...

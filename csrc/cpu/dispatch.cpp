@@ -1,5 +1,6 @@
 // From the public entry points of the CPU kernels to the build for this machine's instruction set.
 #include "isa.h"
+#include "kvpo/norm_rope.h"
 #include "kvpo/routed_attention.h"
 #include "kvpo/tve_grpo.h"
 
@@ -44,6 +45,9 @@
 namespace kvpo::cpu {
 KVPO_DISPATCH(routed_attention_forward, RoutedAttentionForward)
 KVPO_DISPATCH(routed_attention_backward, RoutedAttentionBackward)
+KVPO_DISPATCH(norm_rope_forward, NormRopeForward)
+KVPO_DISPATCH(norm_rope_backward, NormRopeBackward)
+KVPO_DISPATCH(norm_rope_write, NormRopeWrite)
 KVPO_DISPATCH(velocity_energy, VelocityEnergy)
 KVPO_DISPATCH(velocity_gradient, VelocityGradient)
 KVPO_DISPATCH(tve_grpo, TveGrpo)

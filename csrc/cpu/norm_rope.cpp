@@ -1,2 +1,153 @@
-// Stub.
+#include "kvpo/norm_rope.h"
+
+#include <cmath>
+
+#include "scratch.h"
 #include "simd.h"
+
+namespace kvpo::cpu::KVPO_ISA {
+namespace {
+
+// Rotation as out = v * cosines + swap_pairs(v) * sines: each pair's cosine twice, its sine negated
+// and not. The inverse rotation negates the sines.
+void expand_angles(const float* cos, const float* sin, int64_t pairs, float sign, float* cosines,
+                   float* sines) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    cosines[2 * i] = cosines[2 * i + 1] = cos[i];
+    sines[2 * i] = -sign * sin[i];
+    sines[2 * i + 1] = sign * sin[i];
+  }
+}
+
+template <typename T> KVPO_INLINE float inverse_rms(const T* x, int64_t n, float eps) {
+  Vec a = zero(), b = zero();
+  int64_t i = 0;
+  for (; i + 2 * kWidth <= n; i += 2 * kWidth) {
+    const Vec u = load(x + i), v = load(x + i + kWidth);
+    a = fma(u, u, a);
+    b = fma(v, v, b);
+  }
+  for (; i < n; i += kWidth) {
+    const Vec u = load(x + i);
+    a = fma(u, u, a);
+  }
+  return 1.0f / std::sqrt(sum_lanes(add(a, b)) / static_cast<float>(n) + eps);
+}
+
+// One token: head h of the result goes to out + h * head_stride.
+template <typename T>
+KVPO_INLINE void token_forward(const NormRopeForward& a, const T* x, const float* cosines,
+                               const float* sines, T* out, int64_t head_stride) {
+  const int64_t D = a.shape.head_size;
+  const Vec r = broadcast(inverse_rms(x, a.shape.heads * D, a.eps));
+  for (int64_t h = 0; h < a.shape.heads; ++h)
+    for (int64_t d = 0; d < D; d += kWidth) {
+      const Vec y = mul(mul(load(x + h * D + d), r), load(a.weight + h * D + d));
+      store(out + h * head_stride + d,
+            fma(y, load(cosines + d), mul(swap_pairs(y), load(sines + d))));
+    }
+}
+
+constexpr int64_t kMaxHead = 1024; // floats of one head's angles on the stack
+
+template <typename T> void forward(const NormRopeForward& a) {
+  const auto& s = a.shape;
+  const int64_t C = s.heads * s.head_size, pairs = s.head_size / 2;
+#pragma omp parallel for num_threads(a.threads) schedule(static)
+  for (int64_t n = 0; n < s.tokens; ++n) {
+    float cosines[kMaxHead], sines[kMaxHead];
+    expand_angles(a.cos + n * pairs, a.sin + n * pairs, pairs, 1.0f, cosines, sines);
+    for (int64_t b = 0; b < s.rows; ++b) {
+      const int64_t at = (b * s.tokens + n) * C;
+      token_forward(a, static_cast<const T*>(a.x) + at, cosines, sines, static_cast<T*>(a.out) + at,
+                    s.head_size);
+    }
+  }
+}
+
+template <typename T> void write(const NormRopeWrite& w) {
+  const NormRopeForward& a = w.keys;
+  const auto& s = a.shape;
+  const int64_t C = s.heads * s.head_size, pairs = s.head_size / 2,
+                frames = s.tokens / w.frame_tokens;
+#pragma omp parallel for num_threads(a.threads) schedule(static)
+  for (int64_t n = 0; n < s.tokens; ++n) {
+    float cosines[kMaxHead], sines[kMaxHead];
+    expand_angles(a.cos + n * pairs, a.sin + n * pairs, pairs, 1.0f, cosines, sines);
+    const int64_t frame = n / w.frame_tokens, t = n % w.frame_tokens;
+    for (int64_t b = 0; b < s.rows; ++b) {
+      const int64_t at = (b * s.tokens + n) * C, slot = w.slots[b * frames + frame];
+      T* k = static_cast<T*>(w.k_pool.data) + slot * w.k_pool.slot + t * w.k_pool.token;
+      T* v = static_cast<T*>(w.v_pool.data) + slot * w.v_pool.slot + t * w.v_pool.token;
+      token_forward(a, static_cast<const T*>(a.x) + at, cosines, sines, k, w.k_pool.head);
+      for (int64_t h = 0; h < s.heads; ++h)
+        std::memcpy(v + h * w.v_pool.head, static_cast<const T*>(w.v) + at + h * s.head_size,
+                    static_cast<size_t>(s.head_size) * sizeof(T));
+    }
+  }
+}
+
+// With y = x r w and g = the rotated-back gradient of y:
+//   grad_w = sum over tokens of g x r,   grad_x = r (g w - x r^2 mean(g w x))
+template <typename T> void backward(const NormRopeBackward& args) {
+  const NormRopeForward& a = args.forward;
+  const auto& s = a.shape;
+  const int64_t C = s.heads * s.head_size, D = s.head_size, pairs = D / 2;
+  // A fixed number of partial sums of grad_w, so that threads do not change the order.
+  const int64_t chunks = min_of<int64_t>(s.tokens, 64);
+  const Scratch scratch(static_cast<size_t>(max_of<int64_t>(chunks, 1) * 2 * C) * sizeof(float));
+  float* partial = reinterpret_cast<float*>(scratch.data()); // [chunks, C] sums, [chunks, C] g
+#pragma omp parallel for num_threads(a.threads) schedule(static)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    float* grad_w = partial + chunk * C;
+    float* g = partial + (chunks + chunk) * C;
+    for (int64_t i = 0; i < C; i += kWidth)
+      store(grad_w + i, zero());
+    for (int64_t n = chunk * s.tokens / chunks; n < (chunk + 1) * s.tokens / chunks; ++n) {
+      float cosines[kMaxHead], sines[kMaxHead];
+      expand_angles(a.cos + n * pairs, a.sin + n * pairs, pairs, -1.0f, cosines, sines);
+      for (int64_t b = 0; b < s.rows; ++b) {
+        const int64_t at = (b * s.tokens + n) * C;
+        const T* x = static_cast<const T*>(a.x) + at;
+        const T* grad = static_cast<const T*>(args.grad) + at;
+        T* grad_x = static_cast<T*>(args.grad_x) + at;
+        const float r = inverse_rms(x, C, a.eps);
+        const Vec rv = broadcast(r);
+        Vec dot = zero();
+        for (int64_t h = 0; h < s.heads; ++h)
+          for (int64_t d = 0; d < D; d += kWidth) {
+            const int64_t i = h * D + d;
+            const Vec in = load(grad + i), xi = load(x + i);
+            const Vec gi = fma(in, load(cosines + d), mul(swap_pairs(in), load(sines + d)));
+            store(grad_w + i, fma(gi, mul(xi, rv), load(grad_w + i)));
+            const Vec gw = mul(gi, load(a.weight + i));
+            store(g + i, gw);
+            dot = fma(gw, xi, dot);
+          }
+        const Vec shift = broadcast(-r * r * sum_lanes(dot) / static_cast<float>(C));
+        for (int64_t i = 0; i < C; i += kWidth)
+          store(grad_x + i, mul(rv, fma(load(x + i), shift, load(g + i))));
+      }
+    }
+  }
+  for (int64_t i = 0; i < C; i += kWidth) {
+    Vec sum = zero();
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      sum = add(sum, load(partial + chunk * C + i));
+    store(args.grad_weight + i, sum);
+  }
+}
+
+} // namespace
+
+void norm_rope_forward(const NormRopeForward& args) {
+  args.bfloat16 ? forward<bf16>(args) : forward<float>(args);
+}
+void norm_rope_backward(const NormRopeBackward& args) {
+  args.forward.bfloat16 ? backward<bf16>(args) : backward<float>(args);
+}
+void norm_rope_write(const NormRopeWrite& args) {
+  args.keys.bfloat16 ? write<bf16>(args) : write<float>(args);
+}
+
+} // namespace kvpo::cpu::KVPO_ISA

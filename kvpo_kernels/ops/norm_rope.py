@@ -1,0 +1,392 @@
+"""RMSNorm and 3-D rotary embedding of queries and keys, and their way into the frame pool.
+
+Shape letters: B rows, N tokens of a block (frames * height * width), H heads, Hkv key heads, D head
+size, F slots of the pool, T tokens per frame (height * width).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kvpo_kernels import registry
+from kvpo_kernels.errors import ConfigError, DtypeError, ShapeError
+from kvpo_kernels.registry import Backend
+
+OP = "norm_rope"
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a backend needs to know to accept or refuse a call."""
+
+    device: str
+    dtype: torch.dtype
+    head_size: int
+
+
+def _why_not_cpu(p: Problem) -> str | None:
+    if not registry.HAS_NATIVE:
+        return "the native module is not built"
+    if p.device != "cpu":
+        return f"takes cpu tensors, got {p.device}"
+    if p.dtype not in (torch.float32, torch.bfloat16):
+        return f"takes float32 and bfloat16, got {p.dtype}"
+    if p.head_size % 16:
+        return f"takes head sizes that are multiples of 16, got {p.head_size}"
+    return None
+
+
+BACKENDS: tuple[Backend[Problem], ...] = (
+    Backend("cpu", "kvpo_kernels.backends.native.norm_rope", _why_not_cpu),
+    Backend("reference", "kvpo_kernels.reference.norm_rope", lambda p: None),
+)
+
+
+class RopeTable:
+    """Angles of the 3-D rotary embedding, as Wan splits them over a head.
+
+    Of the c = D/2 pairs (2i, 2i+1) of a head the first c - 2*(c//3) turn with the absolute frame
+    index, the next c//3 with the row and the last c//3 with the column, pair j of an axis with n
+    pairs at frequency `theta ** (-j / n)`. Angles are computed in float64; their cosines and sines
+    are kept in float32 (and in float64 for float64 input).
+
+    Args:
+        head_dim: D, even.
+        max_frames: absolute frame indices below this can be rotated.
+        max_height, max_width: size of the largest token grid.
+        theta: 10000 in Wan.
+        device: of the tables.
+
+    Source: Su et al. (arXiv:2104.09864); the axis split of Wan (arXiv:2503.20314).
+    """
+
+    def __init__(
+        self,
+        head_dim: int,
+        max_frames: int = 1024,
+        max_height: int = 64,
+        max_width: int = 64,
+        theta: float = 10000.0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if head_dim < 2 or head_dim % 2:
+            raise ShapeError(f"head_dim must be even and at least 2, got {head_dim}")
+        if not theta > 0:
+            raise ConfigError(f"theta must be positive, got {theta}")
+        self.head_dim, self.theta = head_dim, theta
+        self.limits = (max_frames, max_height, max_width)
+        pairs = head_dim // 2
+        self._pairs = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
+        self._device = torch.device(device)
+        self._grids: dict[tuple[int, int, int, int, bool], tuple[Tensor, Tensor]] = {}
+
+    def tokens(
+        self, first_frame: int, grid: tuple[int, int, int], wide: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[frames * height * width, D / 2]` of a block's tokens.
+
+        Kept for the next call with the same block, as every layer and step of it makes.
+
+        Raises:
+            ShapeError: a frame, row or column outside the table, named with its limit.
+        """
+        key = (first_frame, *grid, wide)
+        if key not in self._grids:
+            self._check(first_frame, grid)
+            if len(self._grids) >= 64:  # blocks come in order: the oldest is not asked for again
+                self._grids.pop(next(iter(self._grids)))
+            self._grids[key] = self._make(first_frame, grid, wide)
+        return self._grids[key]
+
+    def _check(self, first_frame: int, grid: tuple[int, int, int]) -> None:
+        frames, height, width = grid
+        if min(grid) < 1:
+            raise ShapeError(f"grid must be at least (1, 1, 1), got {grid}")
+        if first_frame < 0:
+            raise ShapeError(f"first_frame must be at least 0, got {first_frame}")
+        last = first_frame + frames - 1
+        for name, value, limit in (
+            ("frame", last, self.limits[0]),
+            ("height", height - 1, self.limits[1]),
+            ("width", width - 1, self.limits[2]),
+        ):
+            if value >= limit:
+                raise ShapeError(f"rope table: {name} {value} not in [0, {limit})")
+
+    def _make(
+        self, first_frame: int, grid: tuple[int, int, int], wide: bool
+    ) -> tuple[Tensor, Tensor]:
+        axes = []
+        for axis, (n, start) in enumerate(zip(grid, (first_frame, 0, 0), strict=True)):
+            pairs = self._pairs[axis]
+            frequency = self.theta ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
+            angle = torch.arange(start, start + n, dtype=torch.float64)[:, None] * frequency
+            shape = [1, 1, 1, pairs]
+            shape[axis] = n
+            axes.append(angle.view(shape).expand(*grid, pairs))
+        angles = torch.cat(axes, dim=-1).reshape(-1, self.head_dim // 2)
+        dtype = torch.float64 if wide else torch.float32
+        return tuple(f().to(dtype).to(self._device) for f in (angles.cos, angles.sin))  # type: ignore[return-value]
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: RopeTable,
+    first_frame: int,
+    *,
+    grid: tuple[int, int, int],
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm over the full model dimension, then 3-D RoPE, of queries and keys.
+
+        y = x / sqrt(mean(x^2 over H and D) + eps) * weight;  x' = rotate(y, angles of the token)
+
+    Args:
+        q: `[B, N, H, D]`, N = frames * height * width tokens in that order; float32, float64,
+            bfloat16 or float16.
+        k: `[B, N, Hkv, D]`, as q.
+        q_weight: `[H * D]`, in any float dtype.
+        k_weight: `[Hkv * D]`.
+        rope: the angles; `RopeTable(D)`.
+        first_frame: absolute index of the block's first frame.
+        grid: (frames, height, width).
+        eps: added to the mean square.
+        backend: a name in `BACKENDS`; None takes the first that can run.
+
+    Returns:
+        `(q', k')`, contiguous, in the dtype of q; computed in float32 (float64 for float64) and
+        rounded once. Differentiable, once, towards q, k and the weights. Deterministic; the bits of
+        a row do not depend on the other rows.
+
+    Raises:
+        ShapeError: a shape does not fit, or a frame lies outside the table.
+        DtypeError: a dtype or device differs from that of q.
+        BackendUnavailable: no backend, or not the named one, can run the call.
+
+    Source: the attention of Wan (arXiv:2503.20314), whose float64 rotation this matches to one
+    rounding of the result.
+    """
+    cos, sin, name = _prepare(q, k, q_weight, k_weight, rope, first_frame, grid, eps, backend)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, q_weight, k_weight)):
+        out: tuple[Tensor, Tensor] = _NormRope.apply(  # type: ignore[no-untyped-call]
+            q, k, q_weight, k_weight, cos, sin, eps, name
+        )
+        return out
+    return _forward(q, k, q_weight, k_weight, cos, sin, eps, name)  # type: ignore[no-any-return]
+
+
+def qk_norm_rope_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: RopeTable,
+    first_frame: int,
+    *,
+    grid: tuple[int, int, int],
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """The context pass: as `qk_norm_rope`, but k' and v go straight into slots of the pool.
+
+    Args:
+        q, k, q_weight, k_weight, rope, first_frame, grid, eps, backend: as `qk_norm_rope`.
+        v: `[B, N, Hkv, D]`, as k; written as it is.
+        k_pool, v_pool: `[F, T, Hkv, D]`, T = height * width, with a contiguous last axis.
+        slots: int64 `[B, frames]` on the host, all different: `FramePool.prepare_write`. The caller
+            then records the write with `FramePool.mark_written`.
+
+    Returns:
+        q' `[B, N, H, D]`.
+
+    Raises:
+        As `qk_norm_rope`; ShapeError also for a slot outside the pool or named twice, and in grad
+        mode for an input that requires grad (this op has no backward). Nothing is written then.
+    """
+    cos, sin, name = _prepare(q, k, q_weight, k_weight, rope, first_frame, grid, eps, backend)
+    _check_write(q, k, v, k_pool, v_pool, slots, grid)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, q_weight, k_weight)):
+        raise ShapeError("qk_norm_rope_write has no backward: call it under torch.no_grad()")
+    return _write(  # type: ignore[no-any-return]
+        q, k, v, q_weight, k_weight, cos, sin, k_pool, v_pool, slots, eps, name
+    )
+
+
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    rope: RopeTable,
+    first_frame: int,
+    grid: tuple[int, int, int],
+    eps: float,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, str]:
+    if q.ndim != 4:
+        raise ShapeError(f"q must be [B, N, H, D], got {list(q.shape)}")
+    B, N, _, D = q.shape
+    if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (B, N, D):
+        raise ShapeError(f"k must be [{B}, {N}, Hkv, {D}], got {list(k.shape)}")
+    if len(grid) != 3 or grid[0] * grid[1] * grid[2] != N:
+        raise ShapeError(f"grid {tuple(grid)} has not the {N} tokens of q")
+    if rope.head_dim != D:
+        raise ShapeError(f"rope table is for head size {rope.head_dim}, q has {D}")
+    for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
+        if weight.shape != (x.shape[2] * D,):
+            raise ShapeError(f"{name} must be [{x.shape[2] * D}], got {list(weight.shape)}")
+        if not weight.is_floating_point() or weight.device != q.device:
+            raise DtypeError(f"{name} must be a float tensor on {q.device} like q")
+    if q.dtype not in _DTYPES:
+        raise DtypeError(f"q must be float32, float64, bfloat16 or float16, got {q.dtype}")
+    if k.dtype is not q.dtype or k.device != q.device:
+        raise DtypeError(f"k must be {q.dtype} on {q.device} like q, got {k.dtype} on {k.device}")
+    if not eps >= 0:
+        raise ConfigError(f"eps must be at least 0, got {eps}")
+    cos, sin = rope.tokens(first_frame, grid, wide=q.dtype is torch.float64)
+    if cos.device != q.device:
+        raise DtypeError(f"rope table is on {cos.device}, q is on {q.device}")
+    name = registry.select(OP, BACKENDS, Problem(q.device.type, q.dtype, D), backend).name
+    return cos, sin, name
+
+
+def _check_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    slots: Tensor,
+    grid: tuple[int, int, int],
+) -> None:
+    if v.shape != k.shape:
+        raise ShapeError(f"v must be {list(k.shape)} like k, got {list(v.shape)}")
+    page = (grid[1] * grid[2], *k.shape[2:])
+    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+        if pool.ndim != 4 or tuple(pool.shape[1:]) != page:
+            raise ShapeError(
+                f"{name} must be [F, {', '.join(map(str, page))}], got {list(pool.shape)}"
+            )
+        if pool.stride(3) != 1:
+            raise ShapeError(f"{name}: last axis must be contiguous, got strides {pool.stride()}")
+    for name, tensor in (("v", v), ("k_pool", k_pool), ("v_pool", v_pool)):
+        if tensor.dtype is not q.dtype or tensor.device != q.device:
+            raise DtypeError(
+                f"{name} must be {q.dtype} on {q.device} like q, got {tensor.dtype} on"
+                f" {tensor.device}"
+            )
+    if v_pool.shape != k_pool.shape:
+        raise ShapeError(
+            f"v_pool must be {list(k_pool.shape)} like k_pool, got {list(v_pool.shape)}"
+        )
+    if slots.dtype is not torch.int64 or slots.device.type != "cpu":
+        raise DtypeError(f"slots must be int64 on the cpu, got {slots.dtype} on {slots.device}")
+    if slots.shape != (q.shape[0], grid[0]):
+        raise ShapeError(f"slots must be [{q.shape[0]}, {grid[0]}], got {list(slots.shape)}")
+    if torch.compiler.is_compiling():
+        return  # values are not known while tracing
+    seen: set[int] = set()
+    for b, row in enumerate(slots.tolist()):
+        for i, slot in enumerate(row):
+            if not 0 <= slot < k_pool.shape[0]:
+                raise ShapeError(
+                    f"slots[branch={b}, frame={i}] = {slot} not in [0, {k_pool.shape[0]})"
+                )
+            if slot in seen:
+                raise ShapeError(f"slots[branch={b}, frame={i}] = {slot} is named twice")
+            seen.add(slot)
+
+
+torch.library.define(
+    "kvpo::norm_rope_forward",
+    "(Tensor q, Tensor k, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin, float eps,"
+    " str backend) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "kvpo::norm_rope_backward",
+    "(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor q_weight, Tensor k_weight,"
+    " Tensor cos, Tensor sin, float eps, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "kvpo::norm_rope_write",
+    "(Tensor q, Tensor k, Tensor v, Tensor q_weight, Tensor k_weight, Tensor cos, Tensor sin,"
+    " Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor slots, float eps, str backend) -> Tensor",
+)
+_MODULES = {b.name: b for b in BACKENDS}
+
+
+def _forward_impl(*args: object) -> tuple[Tensor, Tensor]:
+    *inputs, backend = args
+    return _MODULES[str(backend)].load().forward(*inputs)  # type: ignore[no-any-return]
+
+
+def _backward_impl(*args: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, backend = args
+    return _MODULES[str(backend)].load().backward(*inputs)  # type: ignore[no-any-return]
+
+
+def _write_impl(*args: object) -> Tensor:
+    *inputs, backend = args
+    return _MODULES[str(backend)].load().write(*inputs)  # type: ignore[no-any-return]
+
+
+def _forward_fake(q: Tensor, k: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _backward_fake(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        q_weight.new_empty(q_weight.shape),
+        k_weight.new_empty(k_weight.shape),
+    )
+
+
+def _write_fake(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+for _name, _impl, _fake in (
+    ("forward", _forward_impl, _forward_fake),
+    ("backward", _backward_impl, _backward_fake),
+    ("write", _write_impl, _write_fake),
+):
+    torch.library.impl(f"kvpo::norm_rope_{_name}", ("cpu", "cuda"), _impl)
+    torch.library.register_fake(f"kvpo::norm_rope_{_name}", _fake)
+_forward = torch.ops.kvpo.norm_rope_forward.default
+_backward = torch.ops.kvpo.norm_rope_backward.default
+_write = torch.ops.kvpo.norm_rope_write.default
+
+
+class _NormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, q_weight, k_weight, cos, sin, eps, backend):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+        ctx.eps, ctx.backend = eps, backend
+        return _forward(q, k, q_weight, k_weight, cos, sin, eps, backend)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_q, grad_k):  # type: ignore[no-untyped-def]
+        grads = _backward(grad_q, grad_k, *ctx.saved_tensors, ctx.eps, ctx.backend)
+        return *grads, None, None, None, None

@@ -1,0 +1,246 @@
+"""Every backend of `norm_rope` against the reference, forward, backward and into the pool."""
+
+import pytest
+import torch
+from tolerance import assert_as_accurate
+
+from kvpo_kernels import (
+    BackendUnavailable,
+    FramePool,
+    RopeTable,
+    _native,
+    qk_norm_rope,
+    qk_norm_rope_write,
+)
+from kvpo_kernels.errors import DtypeError, ShapeError
+from kvpo_kernels.ops import norm_rope
+
+ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+GRIDS = {"tiny": (1, 1, 1), "odd": (2, 3, 5), "block": (3, 4, 4)}
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    _native.set_isa_limit(request.param)
+    if _native.isa() != request.param:
+        _native.set_isa_limit(ISAS[-1])
+        pytest.skip(f"this machine does not run {request.param}")
+    yield request.param
+    _native.set_isa_limit(ISAS[-1])
+
+
+def make(grid, heads=(3, 1), head_dim=32, rows=2, dtype=torch.float32, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    n = grid[0] * grid[1] * grid[2]
+    q = torch.randn(rows, n, heads[0], head_dim, generator=rng).to(dtype)
+    k = torch.randn(rows, n, heads[1], head_dim, generator=rng).to(dtype)
+    weights = [torch.randn(h * head_dim, generator=rng).to(dtype) for h in heads]
+    return q, k, *weights
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 48, 128])
+def test_forward_matches_reference(isa: str, grid, dtype, head_dim: int) -> None:
+    inputs, rope = make(grid, head_dim=head_dim, dtype=dtype), RopeTable(head_dim)
+    run = lambda backend, *x: qk_norm_rope(*x, rope, 7, grid=grid, backend=backend)
+    truth = run("reference", *(t.double() for t in inputs))
+    for name, a, s, t in zip(
+        "qk", run("cpu", *inputs), run("reference", *inputs), truth, strict=True
+    ):
+        assert_as_accurate(name, a, s, t)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_match_reference(isa: str, dtype) -> None:
+    grid, rope = GRIDS["odd"], RopeTable(32)
+
+    def grads(backend: str, dtype: torch.dtype):
+        inputs = [t.to(dtype).requires_grad_() for t in make(grid)]
+        q, k = qk_norm_rope(*inputs, rope, 3, grid=grid, backend=backend)
+        rng = torch.Generator().manual_seed(1)
+        seeds = [torch.randn(t.shape, generator=rng).to(dtype) for t in (q, k)]
+        return torch.autograd.grad((q, k), inputs, seeds)
+
+    # bf16 inputs of the float64 truth are rounded to bf16 first: the same problem for all three.
+    rounded = lambda dtype: [t.to(dtype).double() for t in make(grid)]
+    inputs = [t.requires_grad_() for t in rounded(dtype)]
+    q, k = qk_norm_rope(*inputs, rope, 3, grid=grid, backend="reference")
+    rng = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(t.shape, generator=rng).to(dtype).double() for t in (q, k)]
+    truth = torch.autograd.grad((q, k), inputs, seeds)
+    results = grads("cpu", dtype), grads("reference", dtype)
+    for name, a, s, t in zip(("q", "k", "q_weight", "k_weight"), *results, truth, strict=True):
+        assert_as_accurate(name, a, s, t, slack=3.0)
+
+
+def test_reference_passes_gradcheck() -> None:
+    grid, rope = (2, 1, 2), RopeTable(8)
+    inputs = [t.double().requires_grad_() for t in make(grid, head_dim=8)]
+    run = lambda *x: qk_norm_rope(*x, rope, 1, grid=grid, backend="reference")
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_rotation_is_wans_complex_product_within_one_rounding() -> None:
+    """Wan rotates float64 complex pairs, angles position * theta^(-j/n) per axis."""
+    D, grid, first = 128, (3, 2, 2), 1021  # the last frames of the table
+    q, k, qw, kw = make(grid, heads=(2, 2), head_dim=D, dtype=torch.bfloat16)
+    new_q, _ = qk_norm_rope(q, k, qw, kw, RopeTable(D), first, grid=grid)
+    f, h, w = torch.meshgrid(
+        torch.arange(first, first + 3), torch.arange(2), torch.arange(2), indexing="ij"
+    )
+    angles = torch.cat(
+        [
+            p.reshape(-1, 1).double() * 10000.0 ** (-torch.arange(n).double() / n)
+            for p, n in ((f, 22), (h, 21), (w, 21))
+        ],
+        dim=1,
+    )
+    x = q.double().flatten(2)
+    x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * qw.double()
+    pairs = torch.view_as_complex(x.view(*q.shape[:3], D // 2, 2))
+    turned = torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None])
+    truth = turned.flatten(-2)
+    step = 2.0 ** (truth.abs().log2().floor() - 7)  # distance of bf16 numbers there
+    # half a step is the rounding itself; the float32 arithmetic may tip it to the neighbour
+    assert ((new_q.double() - truth).abs() <= 0.51 * step + 1e-6).all()
+
+
+def test_write_puts_keys_and_values_into_slots_and_nowhere_else(isa: str) -> None:
+    grid, rope = (3, 2, 2), RopeTable(32)
+    q, k, qw, kw = make(grid, heads=(2, 2), rows=2)
+    v = torch.randn_like(k)
+    storage = torch.full((2, 9, 4, 3, 32), float("nan"))
+    k_pool, v_pool = storage[0, :, :, :2], storage[1, :, :, 1:]  # strided
+    slots = torch.tensor([[4, 0, 7], [8, 1, 2]])
+    new_q = qk_norm_rope_write(
+        q,
+        k,
+        v,
+        qw,
+        kw,
+        rope,
+        5,
+        grid=grid,
+        k_pool=k_pool,
+        v_pool=v_pool,
+        slots=slots,
+        backend="cpu",
+    )
+    expected_q, expected_k = qk_norm_rope(q, k, qw, kw, rope, 5, grid=grid, backend="cpu")
+    assert torch.equal(new_q, expected_q)
+    assert torch.equal(k_pool[slots].flatten(1, 2), expected_k)
+    assert torch.equal(v_pool[slots].flatten(1, 2), v)
+    for unused in (3, 5, 6):
+        assert storage[:, unused].isnan().all()
+    assert storage[0, :, :, 2].isnan().all() and storage[1, :, :, 0].isnan().all()
+
+
+def test_write_composes_with_the_pool() -> None:
+    pool = FramePool(8, 4, 1, 2, 32, dtype=torch.float32)
+    rows = [pool.timeline() for _ in range(2)]
+    for row in rows:
+        row.append(3)
+    slots = pool.prepare_write(rows, 0, 3)
+    q, k, qw, kw = make((3, 2, 2), heads=(2, 2))
+    with torch.no_grad():
+        qk_norm_rope_write(
+            q, k, k, qw, kw, RopeTable(32), 0,
+            grid=(3, 2, 2), k_pool=pool.k(0), v_pool=pool.v(0), slots=slots,
+        )  # fmt: skip
+    pool.mark_written(0, slots)
+    assert torch.equal(pool.v(0)[rows[1].slot(2)], k[1, 8:])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_rows_do_not_depend_on_each_other_or_on_threads(backend: str) -> None:
+    grid, rope = GRIDS["odd"], RopeTable(32)
+    q, k, qw, kw = make(grid, rows=4)
+    run = lambda q, k: qk_norm_rope(q, k, qw, kw, rope, 2, grid=grid, backend=backend)
+    together = run(q, k)
+    order = torch.tensor([2, 0, 3, 1])
+    for a, b in zip(together, run(q[order], k[order]), strict=True):
+        assert torch.equal(a[order], b)
+    assert torch.equal(together[0][1:2], run(q[1:2], k[1:2])[0])
+
+
+def test_weight_gradients_do_not_depend_on_threads() -> None:
+    grid, rope = (3, 8, 8), RopeTable(32)
+    results = []
+    threads = torch.get_num_threads()
+    for n in (1, 2, 5):
+        torch.set_num_threads(n)
+        inputs = [t.requires_grad_() for t in make(grid)]
+        q, k = qk_norm_rope(*inputs, rope, 0, grid=grid, backend="cpu")
+        results.append(torch.autograd.grad((q.sum() + k.square().sum()), inputs))
+    torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_registration_is_sound() -> None:
+    grid, rope = (2, 2, 2), RopeTable(32)
+    q, k, qw, kw = make(grid, heads=(2, 2))
+    cos, sin = rope.tokens(0, grid)
+    ops, pool = torch.ops.kvpo, torch.zeros(2, 5, 4, 2, 32)
+    slots = torch.tensor([[0, 1], [2, 3]])
+    for backend in ("cpu", "reference"):
+        torch.library.opcheck(
+            ops.norm_rope_forward.default, (q, k, qw, kw, cos, sin, 1e-6, backend)
+        )
+        torch.library.opcheck(
+            ops.norm_rope_backward.default, (q, k, q, k, qw, kw, cos, sin, 1e-6, backend)
+        )
+        torch.library.opcheck(
+            ops.norm_rope_write.default,
+            (q, k, k, qw, kw, cos, sin, pool[0], pool[1], slots, 1e-6, backend),
+        )
+
+
+def test_compiles_without_graph_breaks() -> None:
+    grid, rope = (2, 2, 2), RopeTable(32)
+    run = lambda *x: qk_norm_rope(*x, rope, 3, grid=grid)
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+
+    def with_grads(f):
+        inputs = [t.requires_grad_() for t in make(grid)]
+        q, k = f(*inputs)
+        return q, k, *torch.autograd.grad(q.sum() + k.square().sum(), inputs)
+
+    for a, b in zip(with_grads(run), with_grads(compiled), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_errors_name_the_argument() -> None:
+    grid, rope = (2, 2, 2), RopeTable(32, max_frames=16)
+    q, k, qw, kw = make(grid, heads=(2, 2))
+    run = lambda *x, first=0, g=grid, **o: qk_norm_rope(*x, rope, first, grid=g, **o)
+    with pytest.raises(ShapeError, match=r"rope table: frame 16 not in \[0, 16\)"):
+        run(q, k, qw, kw, first=15)
+    with pytest.raises(ShapeError, match=r"grid \(2, 2, 3\) has not the 8 tokens of q"):
+        run(q, k, qw, kw, g=(2, 2, 3))
+    with pytest.raises(ShapeError, match=r"k_weight must be \[64\], got \[32\]"):
+        run(q, k, qw, kw[:32])
+    with pytest.raises(DtypeError, match=r"k must be torch.float32 .* got torch.float64"):
+        run(q, k.double(), qw, kw)
+    with pytest.raises(BackendUnavailable, match="takes float32 and bfloat16"):
+        run(*(t.double() for t in (q, k, qw, kw)), backend="cpu")
+    write = lambda slots, **o: qk_norm_rope_write(
+        q, k, k, qw, kw, rope, 0,
+        grid=grid, k_pool=pool[0], v_pool=pool[1], slots=torch.tensor(slots), **o,
+    )  # fmt: skip
+    pool = torch.zeros(2, 5, 4, 2, 32)
+    with pytest.raises(ShapeError, match=r"slots\[branch=1, frame=0\] = 5 not in \[0, 5\)"):
+        write([[0, 1], [5, 2]])
+    with pytest.raises(ShapeError, match=r"slots\[branch=1, frame=1\] = 0 is named twice"):
+        write([[0, 1], [2, 0]])
+    with pytest.raises(DtypeError, match="slots must be int64"):
+        write([[0.0, 1.0], [2.0, 3.0]])
+    q = q.requires_grad_()
+    with pytest.raises(ShapeError, match="has no backward"):
+        write([[0, 1], [2, 3]])
+    assert (pool == 0).all()
+
+
+def test_the_table_of_backends_is_complete() -> None:
+    assert [b.name for b in norm_rope.BACKENDS] == ["cpu", "reference"]
