@@ -125,6 +125,42 @@ def test_the_ratio_at_the_old_policy_is_exactly_one(backend: str) -> None:
     assert torch.equal(again.ratio, torch.ones(4))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_every_isa_and_thread_count(isa: str, dtype: torch.dtype) -> None:
+    inputs = make(dtype, rest=(9001,))
+    loss, grad = parts(*inputs)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            p = inputs[0].clone().requires_grad_()
+            r = tve("cpu", p, *inputs[1:], objective=OBJECTIVE)
+            r.loss.backward()
+            results.append((r.numbers, p.grad))
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(results[0][0][0].double(), loss, rtol=1e-5, atol=1e-5)
+    error = (results[0][1].double() - grad).abs().max() / grad.abs().max()
+    assert error <= torch.finfo(dtype).eps + 1e-5  # as above
+    for numbers, g in results[1:]:
+        assert torch.equal(numbers, results[0][0]) and torch.equal(g, results[0][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_a_gradient_that_streams_past_the_cache(dtype: torch.dtype) -> None:
+    """Above 8 MiB the kernel writes with streaming stores, from every alignment of a row."""
+    inputs = make(dtype, rest=(350_003 * 4 // dtype.itemsize,))
+    mask = [True, False, True]
+    grads = []
+    for backend in ("cpu", "reference"):
+        p = inputs[0].clone().requires_grad_()
+        tve(backend, p, *inputs[1:], grad_steps=mask).loss.backward()
+        grads.append(p.grad.double())
+    # The energies of both are good to 1e-6, which KL_coef 10 makes 1e-5 of the gradient's scale.
+    error = (grads[0] - grads[1]).abs().max() / grads[1].abs().max()
+    assert error <= torch.finfo(dtype).eps + 1e-5
+
+
 @each_backend
 def test_ragged_leading_shapes_and_strides(backend: str) -> None:
     pred, *rest = make(torch.float32)

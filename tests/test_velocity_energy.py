@@ -1,7 +1,5 @@
 """Energies against float64, the two spaces, the two-pass gradient, and the host checks."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -24,22 +22,6 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], i
 # [G, S, ...]: one value, less than a vector, a prime, one chunk and a bit, several chunks
 SHAPES = [(1, 1), (3, 2, 5), (2, 3, 7, 11), (8, 4, 3, 19, 73), (2, 2, 12_301)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Limit the native kernels to one instruction set."""
-    if not registry.HAS_NATIVE:
-        pytest.skip("the native module is not built")
-    from kvpo_kernels import _native
-
-    _native.set_isa_limit(request.param)
-    try:
-        if _native.isa() != request.param:
-            pytest.skip(f"this machine has no {request.param}")
-        yield request.param
-    finally:
-        _native.set_isa_limit("avx512_bf16")
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:

@@ -138,7 +138,8 @@ template <typename T> void gradient(const VelocityGradient& a) {
   gradient_of<T>(a);
 }
 
-// From energies to the coefficients of the gradient, through the policy loss.
+// From energies to the coefficients of the gradient, through the policy loss. The score gradient is
+// rounded to float, as the caller sees it: so the two-pass form gives the same bits.
 void policy(const TveGrpo& a) {
   const Trajectories& x = a.energy.trajectories;
   for (int64_t g = 0; g < x.branches; ++g)
@@ -150,7 +151,7 @@ void policy(const TveGrpo& a) {
   for (int64_t g = 0; g < x.branches; ++g)
     for (int64_t s = 0; s < x.steps; ++s)
       a.coefficients[g * x.steps + s] =
-          -2.0 * kappa[g] * a.grad_weights[s] / static_cast<double>(x.numel);
+          -2.0 * static_cast<float>(kappa[g]) * a.grad_weights[s] / static_cast<double>(x.numel);
 }
 
 template <typename T> void fused(const TveGrpo& a) {

@@ -1,0 +1,367 @@
+"""Energies, advantages and the loss refuse what cannot be meant, naming it."""
+
+import math
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from kvpo_kernels import (
+    BackendUnavailable,
+    ContrastiveObjective,
+    TrajectoryEnergies,
+    anchor_advantages,
+    branch_policy_loss,
+    fuse_advantages,
+    trajectory_velocity_energy,
+    tve_grpo_loss,
+    velocity_gradient,
+    velocity_step_weights,
+)
+
+BACKEND_NAMES = ("cpu", "reference")
+each_backend = pytest.mark.parametrize("backend", BACKEND_NAMES)
+NAN, INF = float("nan"), float("inf")
+
+
+def runs(f: Callable[[], Any]) -> Any:
+    try:
+        return f()
+    except BackendUnavailable as e:
+        pytest.skip(str(e))
+
+
+def refuses(match: str, f: Callable[[], Any], kind: type[Exception] = ValueError) -> None:
+    with pytest.raises(kind, match=match):
+        runs(f)
+
+
+# 36: non-finite energies
+@each_backend
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+@pytest.mark.parametrize("which", ["scores", "old_scores", "advantages", "ref_scores"])
+def test_nonfinite_scores_name_argument_and_branches(which: str, bad: float, backend: str) -> None:
+    inputs = {n: torch.zeros(5) for n in ("scores", "old_scores", "advantages", "ref_scores")}
+    inputs[which][[1, 4]] = bad
+    f = lambda: branch_policy_loss(**inputs, backend=backend)
+    refuses(rf"{which} must be finite, got \[.*\] for branches \[1, 4\]", f)
+
+
+@each_backend
+def test_nonfinite_predictions_name_the_branch(backend: str) -> None:
+    pred = torch.zeros(3, 2, 40)
+    pred[2, 1, 39] = NAN
+    args = (torch.zeros(3, 2, 40), torch.ones(2), torch.zeros(3), torch.zeros(3))
+    f = lambda: tve_grpo_loss(pred, *args, backend=backend)
+    refuses(r"energies must be finite, got \[nan\] for branches \[2\]", f)
+
+
+def test_a_result_with_nonfinite_inputs_is_all_nan_and_check_names_them() -> None:
+    """What a GPU, where nothing looks at values, returns: the reference, below the host check."""
+    from kvpo_kernels import BranchPolicyLoss
+    from kvpo_kernels.reference import branch_policy_loss as reference
+
+    s = torch.zeros(4)
+    s[3] = -INF  # log pi = -inf gives finite terms: they must become NaN all the same
+    numbers = reference.forward(s, s * 0, s * 0 + 1, None, 0.1, 0.2, 10, 20, 0, 1, 1, False)
+    r = BranchPolicyLoss(numbers[0], numbers, 4, 1.0, "old")
+    assert r.loss.isnan() and r.score_grad.isnan().all() and r.ratio.isnan().all()
+    refuses(r"not finite for branches \[3\]", r.check)
+
+
+# 37, 38, 39: groups and rewards
+@each_backend
+def test_one_branch_is_legal_and_has_no_gradient(backend: str) -> None:
+    s = torch.tensor([-3.0], requires_grad=True)
+    r = runs(lambda: branch_policy_loss(s, torch.tensor([-2.0]), torch.ones(1), backend=backend))
+    r.loss.backward()
+    assert r.loss.item() == pytest.approx(-1.0, abs=1e-6) and s.grad.item() == 0.0
+    assert anchor_advantages(torch.ones(1), 0.0).item() == pytest.approx(2**0.5)
+
+
+@each_backend
+def test_equal_rewards_give_zero_gradient(backend: str) -> None:
+    A = fuse_advantages(anchor_advantages(torch.full((3, 8), 0.3), torch.full((3,), 0.3)))
+    assert torch.equal(A, torch.zeros(8))
+    s = torch.linspace(-1, 1, 8, requires_grad=True)
+    o = ContrastiveObjective(kl_coef=0.0)
+    r = runs(lambda: branch_policy_loss(s, s.detach(), A, objective=o, backend=backend))
+    r.loss.backward()
+    assert r.loss == 0 and torch.equal(s.grad, torch.zeros(8))
+
+
+def test_nonfinite_rewards_name_component_and_branches() -> None:
+    r = torch.zeros(2, 4)
+    r[1, 2] = NAN
+    refuses(
+        r"rewards\[1\] must be finite, got \[nan\] for branches \[2\]",
+        lambda: anchor_advantages(r, torch.zeros(2)),
+    )
+    refuses(r"anchor_rewards must be finite", lambda: anchor_advantages(r[:1], INF))
+    refuses(r"global_ must be finite.*branches \[2\]", lambda: fuse_advantages(r[0], r[1]))
+    refuses(r"component_weights must be finite", lambda: anchor_advantages(r[:1], 0.0, [NAN]))
+
+
+# 40: spread
+@each_backend
+def test_energies_of_1e5_are_stable(backend: str) -> None:
+    s = torch.tensor([-1e5, 0.0, 1e5, -3.0], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([1e5, 0.0, -1e5, 3.0], dtype=torch.float64)
+    A = torch.tensor([1.0, -1.0, 0.5, -0.5], dtype=torch.float64)
+    o = ContrastiveObjective(kl_coef=0.0)
+    r = runs(lambda: branch_policy_loss(s, old, A, objective=o, backend=backend))
+    r.loss.backward()
+    assert r.loss.isfinite() and s.grad.isfinite().all()
+    assert r.log_ratio.tolist() == [-2e5, 0.0, 2e5, -6.0]
+    assert r.ratio.tolist() == pytest.approx([math.exp(x) for x in (-20, 0, 20, -6)], rel=1e-15)
+    # Branches 0 and 2 are clamped, 3 is clipped; 1 has ratio 1 and no mass, which 2 has.
+    assert s.grad.tolist() == [0.0, 0.25, -0.25, 0.0]
+
+
+# 41: sigmas
+@pytest.mark.parametrize("bad", [0.0, -0.5, NAN, INF])
+def test_bad_sigmas_name_the_step(bad: float) -> None:
+    refuses(
+        r"sigmas must be > 0 and finite, got \[.*\] at steps \[1\]",
+        lambda: velocity_step_weights([1.0, bad]),
+    )
+    refuses(r"at steps \[\[0, 1\]\]", lambda: velocity_step_weights(torch.tensor([[1.0, bad]])))
+
+
+def test_bad_weight_options() -> None:
+    refuses("space must be", lambda: velocity_step_weights([1.0], space="eps"))  # type: ignore[arg-type]
+    for floor in (-1.0, NAN, INF):
+        refuses("sigma_floor must be", lambda f=floor: velocity_step_weights([1.0], sigma_floor=f))
+
+
+# 42: shapes, dtypes, devices
+def test_mismatched_trajectories_do_not_broadcast() -> None:
+    x, w = torch.zeros(3, 2, 5), torch.ones(2)
+    e = trajectory_velocity_energy
+    refuses(r"target must be \[3, 2, 5\] like pred", lambda: e(x, x[:, :, :1], w))
+    refuses(r"target must be \[3, 2, 5\] like pred", lambda: e(x, x[:1], w))
+    refuses(r"step_weights must be \[2\], got \[1\]", lambda: e(x, x, w[:1]))
+    refuses(r"step_weights must be \[2\], got \[\]", lambda: e(x, x, torch.tensor(1.0)))
+    refuses(r"pred must be \[G, S, ...\]", lambda: e(x[0, 0], x[0, 0], w))
+    refuses("not empty", lambda: e(x[:0], x[:0], w))
+    refuses("target must be torch.float32", lambda: e(x, x.double(), w), TypeError)
+    refuses("pred must be one of", lambda: e(x.int(), x.int(), w), TypeError)
+    refuses("step_weights must be a floating", lambda: e(x, x, w.int()), TypeError)
+    refuses("target must be on cpu", lambda: e(x, x.to("meta"), w), TypeError)
+    refuses("target requires grad", lambda: e(x, x.clone().requires_grad_(), w))
+    refuses("step_weights requires grad", lambda: e(x, x, w.clone().requires_grad_()))
+    refuses(
+        "takes float32 and bfloat16",
+        lambda: e(x.half(), x.half(), w, backend="cpu"),
+        NotImplementedError,
+    )
+
+
+def test_mismatched_scores() -> None:
+    s = torch.zeros(3)
+    f = branch_policy_loss
+    refuses(r"scores must be \[G\] with G >= 1", lambda: f(s[:0], s[:0], s[:0]))
+    refuses(r"old_scores must be \[3\], got \[2\]", lambda: f(s, s[:2], s))
+    refuses(r"advantages must be \[3\], got \[1, 3\]", lambda: f(s, s, s[None]))
+    refuses("ref_scores must be torch.float32", lambda: f(s, s, s, s.double()), TypeError)
+    refuses("scores must be float32 or float64", lambda: f(s.half(), s, s), TypeError)
+    refuses("advantages must be a tensor", lambda: f(s, s, [0.0] * 3), TypeError)  # type: ignore[arg-type]
+    refuses("old_scores must be on cpu", lambda: f(s, s.to("meta"), s), TypeError)
+
+
+def test_mismatched_fused_arguments() -> None:
+    x, w, s = torch.zeros(3, 2, 5), torch.ones(2), torch.zeros(3)
+    f = tve_grpo_loss
+    refuses(r"old_scores must be \[3\]", lambda: f(x, x, w, s[:2], s))
+    refuses("old_scores must be torch.float32", lambda: f(x, x, w, s.double(), s), TypeError)
+    refuses("grad_steps must be bool", lambda: f(x, x, w, s, s, grad_steps=[1, 0]), TypeError)  # type: ignore[list-item]
+    refuses(r"grad_steps must be \[2\], got \[1\]", lambda: f(x, x, w, s, s, grad_steps=[True]))
+    refuses(r"target must be \[3, 2, 5\]", lambda: f(x, x[..., :1], w, s, s))
+
+
+def test_bad_two_pass_arguments_change_nothing() -> None:
+    acc = TrajectoryEnergies(3)
+    x = torch.ones(2, 4)
+    zero = torch.zeros_like(x)
+    refuses("pred has 2 rows", lambda: acc.add(x, zero, 1.0))
+    refuses(r"branches\[1\] = 3 not in \[0, 3\)", lambda: acc.add(x, zero, 1.0, [0, 3]))
+    refuses(r"branches\[0\] = -1 not in", lambda: acc.add(x, zero, 1.0, [-1, 0]))
+    refuses(r"branches\[1\] = 2 is named twice", lambda: acc.add(x, zero, 1.0, [2, 2]))
+    refuses("must name the 2 rows", lambda: acc.add(x, zero, 1.0, [0]))
+    refuses(r"branches\[0\] must be an int", lambda: acc.add(x, zero, 1.0, [0.0, 1.0]), TypeError)  # type: ignore[list-item]
+    refuses("weight must be finite", lambda: acc.add(x, zero, NAN, [0, 1]))
+    refuses(r"target must be \[2, 4\]", lambda: acc.add(x, zero[:1], 1.0, [0, 1]))
+    assert acc.energies.tolist() == [0.0, 0.0, 0.0]
+    refuses("num_branches must be >= 1", lambda: TrajectoryEnergies(0))
+    refuses("dtype must be", lambda: TrajectoryEnergies(1, dtype=torch.float16), TypeError)
+    refuses(r"kappa must be \[2\]", lambda: velocity_gradient(x, zero, 1.0, torch.ones(3)))
+    refuses("kappa must be a floating", lambda: velocity_gradient(x, zero, 1.0, [1, 1]), TypeError)  # type: ignore[arg-type]
+
+
+def test_mismatched_rewards() -> None:
+    r = torch.zeros(2, 4)
+    refuses(r"anchor_rewards must be \[2\]", lambda: anchor_advantages(r, 0.0))
+    refuses(r"component_weights must be \[2\]", lambda: anchor_advantages(r, r[:, 0], [1.0]))
+    refuses(r"rewards must be \[C, G\] or \[G\]", lambda: anchor_advantages(r[None], r[:, 0]))
+    refuses("rewards must be a floating", lambda: anchor_advantages(r.int(), r[:, 0]), TypeError)
+    refuses(r"global_ must be \[4\] like local", lambda: fuse_advantages(r[0], r[0, :1]))
+    refuses(r"local must be \[G\]", lambda: fuse_advantages(r))
+
+
+# 43, 45: options
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"clip_range_low": 1.2, "clip_range_high": 2.0}, "clip_range_low must be in"),
+        ({"clip_range_low": -0.1}, "clip_range_low must be in"),
+        ({"clip_range_low": 0.2, "clip_range_high": 0.1}, "clip_range_high must be >="),
+        ({"clip_range_high": NAN}, "clip_range_high must be a finite number"),
+        ({"clip_range_high": True}, "clip_range_high must be a finite number"),
+        ({"kl_coef": -1.0}, "kl_coef must be >= 0"),
+        ({"kl_coef": "10"}, "kl_coef must be a finite number"),
+        ({"protect": "mechanism_3"}, "protect must be"),
+        ({"log_ratio_clamp": 0.0}, "log_ratio_clamp must be in"),
+        ({"log_ratio_clamp": 800.0}, "log_ratio_clamp must be in"),
+        ({"min_update_entropy_ratio": 1.5}, "min_update_entropy_ratio must be in"),
+    ],
+)
+def test_objectives_that_cannot_be_meant(options: dict[str, Any], match: str) -> None:
+    refuses(match, lambda: ContrastiveObjective(**options))
+
+
+def test_unknown_names_are_errors() -> None:
+    s = torch.zeros(2)
+    refuses("unexpected keyword", lambda: ContrastiveObjective(clip_low=0.1), TypeError)  # type: ignore[call-arg]
+    refuses("unexpected keyword", lambda: branch_policy_loss(s, s, s, kl=1.0), TypeError)  # type: ignore[call-arg]
+    refuses("nonfinite must be", lambda: branch_policy_loss(s, s, s, nonfinite="skip"))  # type: ignore[arg-type]
+    refuses("mode must be", lambda: fuse_advantages(s, mode="minmax"))  # type: ignore[arg-type]
+    refuses("clamp must be", lambda: fuse_advantages(s, clamp=0.0))
+    refuses("local_weight must be finite", lambda: fuse_advantages(s, local_weight=NAN))
+    refuses("unknown", lambda: branch_policy_loss(s, s, s, backend="gpu"), NotImplementedError)
+
+
+# 44: constants that require grad
+@each_backend
+def test_constants_are_detached_with_a_warning(backend: str) -> None:
+    s, old = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    with pytest.warns(UserWarning, match="old_scores requires grad"):
+        r = runs(lambda: branch_policy_loss(s, old, torch.ones(3), backend=backend))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        r.loss.backward()
+    assert old.grad is None and s.grad is not None
+
+
+# 47: ranks -------------------------------------------------------------------------------------
+
+
+def _shares(rank: int) -> slice:
+    return slice(0, 3) if rank == 0 else slice(3, 4)  # uneven: three branches and one
+
+
+def _problem() -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(5)
+    pred, target = torch.randn(2, 4, 2, 30, generator=g)
+    old, A, ref = 0.1 * torch.randn(3, 4, generator=g) - torch.tensor([[1.0], [0.0], [1.0]])
+    return pred, target, torch.tensor([0.5, 0.4]), old, A, ref
+
+
+def _on_rank(rank: int, store: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=30),
+    )
+    group = dist.group.WORLD
+    assert group is not None
+    pred, target, weights, *scores = _problem()
+    mine = _shares(rank)
+    p = pred[mine].requires_grad_()
+    own = [x[mine] for x in scores]
+    r = tve_grpo_loss(p, target[mine], weights, *own, group=group)
+    (2 * r.loss).backward()
+    s = -r.energies.requires_grad_()
+    s.retain_grad()
+    b = branch_policy_loss(s, *own, group=group)
+    b.loss.backward()
+
+    messages = []
+    differ: list[dict[str, Any]] = [
+        {"objective": ContrastiveObjective(kl_coef=1.0 + rank)},
+        {"safe": rank == 0},
+        {"ref_scores": own[2] if rank else None},
+        {"nonfinite": "drop" if rank else "raise"},
+        {"dtype": torch.float64 if rank else torch.float32},
+        {"scores": torch.zeros(0) if rank else None},
+        {"scores": torch.full((1,), NAN) if rank else None},
+    ]
+    for case in differ:
+        dtype = case.pop("dtype", torch.float32)
+        x = case.pop("scores", None)
+        x = r.energies.detach() if x is None else x
+        try:
+            branch_policy_loss(x.to(dtype), own[0].to(dtype), own[1].to(dtype), group=group, **case)
+            messages.append("no error")
+        except ValueError as e:
+            messages.append(str(e))
+    try:  # a rank that fails before the energies must not leave the other waiting
+        bad = target[mine] if rank == 0 else target[mine][..., :1]
+        tve_grpo_loss(p.detach(), bad, weights, *own, group=group)
+        messages.append("no error")
+    except ValueError as e:
+        messages.append(str(e))
+    torch.save(
+        {
+            "loss": r.loss.detach(),
+            "grad": p.grad,
+            "numbers": r.numbers,
+            "score_grad": r.score_grad,
+            "s_grad": s.grad,
+            "messages": messages,
+        },
+        f"{out}/{rank}.pt",
+    )
+    dist.destroy_process_group()
+
+
+def test_branches_over_two_ranks(tmp_path: Path) -> None:
+    mp.spawn(_on_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2, join=True)
+    ranks = [torch.load(tmp_path / f"{i}.pt") for i in range(2)]
+    pred, target, weights, *scores = _problem()
+    pred.requires_grad_()
+    whole = tve_grpo_loss(pred, target, weights, *scores)
+    (2 * whole.loss).backward()
+    for i, r in enumerate(ranks):
+        mine = _shares(i)
+        assert torch.equal(r["loss"], whole.loss.detach())
+        assert torch.equal(r["grad"], pred.grad[mine])
+        assert torch.equal(r["score_grad"], whole.score_grad[mine])
+        assert torch.equal(r["s_grad"], whole.score_grad[mine])
+        assert torch.equal(r["numbers"][:7], whole.numbers[:7])
+    expected = [
+        "differ in kl_coef",
+        "differ in scale",
+        "differ in presence of ref_scores",
+        "differ in nonfinite",
+        "differ in dtype",
+        "",  # each rank says its own, see below
+        "scores must be finite, got [nan] for branches [3]",
+        "",
+    ]
+    first, second = (r["messages"] for r in ranks)
+    for a, b, text in zip(first, second, expected, strict=True):
+        assert (a == b) or not text
+        assert text in a and a != "no error" and b != "no error"
+    assert "ranks [1] of the group have bad arguments" in first[5]
+    assert "scores must be [G]" in second[5]
+    assert "ranks [1]" in first[7] and "target must be" in second[7]
