@@ -2,8 +2,9 @@
 
 A digit of 8x8 pixels (scikit-learn's copy of the UCI set) moves over a torus. The prompt names the
 digit, two directions and a usual speed: "a 3 moves left slowly, then turns up". What one frame does
-not show has to come from history: the speed changes in hidden segments (the prompt's word holds for
-most, not all, of them), the turn comes at a hidden frame, and which writer's digit it is.
+not show has to come from history: the speed, which changes between hidden segments (the prompt's
+word holds for most, not all, of them), whether the turn has come, and which writer's digit it is.
+Changes come between blocks, so that what is open about a block is a choice of few, and no blur.
 """
 
 import functools
@@ -46,10 +47,10 @@ class DataConfig:
     """Writers per digit that the generator sees; the others train the reward models."""
     speed_match: float = 0.65
     """Share of the speed segments in which the prompt's word holds."""
-    segment_frames: tuple[int, int] = (6, 12)
-    """Shortest and longest speed segment."""
-    turn_frames: tuple[int, int] = (21, 38)
-    """First and last frame at which the turn may come."""
+    segment_blocks: tuple[int, int] = (2, 4)
+    """Shortest and longest speed segment, in blocks."""
+    turn_blocks: tuple[int, int] = (7, 12)
+    """First and last block that the turn may come with."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -158,20 +159,21 @@ def make_clips(prompts: Sequence[Prompt], config: DataConfig, generator: torch.G
     writer = torch.randint(config.exemplars, (B,), generator=generator).tolist()
     digit = torch.stack([bank[p.digit][w] for p, w in zip(prompts, writer, strict=True)])
 
-    low, high = config.segment_frames
-    segments = -(-T // low)
+    low, high = config.segment_blocks
+    block = torch.arange(T) // config.block_frames
+    segments = -(-T // (low * config.block_frames))
     ends = torch.randint(low, high + 1, (B, segments), generator=generator).cumsum(1)
-    segment = (torch.arange(T)[None, :, None] >= ends[:, None, :]).sum(-1)
+    segment = (block[None, :, None] >= ends[:, None, :]).sum(-1)
     holds = torch.rand(B, segments, generator=generator) < config.speed_match
     holds[:, 0] = True  # the first segment keeps the prompt's word
     usual = torch.tensor([SPEEDS[p.speed] for p in prompts])[:, None]
     speeds = torch.where(holds, usual, 3 - usual).gather(1, segment)
 
-    first, last = config.turn_frames
+    first, last = config.turn_blocks
     turn = torch.randint(first, last + 1, (B, 1), generator=generator)
     before = torch.tensor([DIRECTIONS[p.direction] for p in prompts])[:, None]
     after = torch.tensor([DIRECTIONS[p.turn] for p in prompts])[:, None]
-    heading = torch.where((torch.arange(T)[None] >= turn)[..., None], after, before)
+    heading = torch.where((block[None] >= turn)[..., None], after, before)
     steps = heading * speeds[..., None]
     start = (config.canvas - DIGIT_PIXELS) // 2
     corner = start + steps.cumsum(1) - steps[:, :1]
