@@ -22,7 +22,8 @@ def branch_policy_loss(
     scale: float,
     branch_mass: float,
     drop: bool,
-) -> list[float]: ...
+    numbers: object,
+) -> None: ...
 def tve_grpo(
     pred: object,
     target: object,
@@ -39,9 +40,10 @@ def tve_grpo(
     scale: float,
     branch_mass: float,
     drop: bool,
+    numbers: object,
     grad: object | None,
     threads: int,
-) -> list[float]: ...
+) -> None: ...
 def routed_attention_forward(
     *,
     q: object,

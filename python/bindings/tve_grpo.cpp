@@ -1,5 +1,6 @@
-// The energies, the branch policy loss, and both in one. The [G] and [S] numbers come and go as
-// lists of floats: for a dozen numbers a list costs less than a tensor and its view.
+// The energies, the branch policy loss, and both in one. The [G] and [S] inputs come as lists of
+// floats: for a dozen numbers a list costs less than a tensor in the right dtype and its view.
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -88,42 +89,60 @@ kvpo::BranchPolicyLoss policy(int64_t branches, const Numbers& old, const Number
           numbers.data()};
 }
 
-// kStatistics + kBranchRows * G numbers, and G more for the energies of the fused form.
-Numbers numbers_for(int64_t branches, int64_t rows) {
-  return Numbers(static_cast<size_t>(kvpo::kStatistics + rows * branches));
-}
+// Where the numbers go: a float or double tensor of the size that the kernel fills.
+class Output {
+public:
+  Output(const py::capsule& capsule, int64_t branches, int64_t rows)
+      : view_(capsule, "numbers"),
+        numbers_(static_cast<size_t>(kvpo::kStatistics + rows * branches)) {
+    view_.contiguous().expect({static_cast<int64_t>(numbers_.size())});
+    KVPO_CHECK(view_.is(kFloat, 32) || view_.is(kFloat, 64), "numbers must be float32 or float64");
+  }
+  Numbers& numbers() { return numbers_; }
+  void store() const {
+    if (view_.is(kFloat, 64))
+      std::copy(numbers_.begin(), numbers_.end(), static_cast<double*>(view_.data()));
+    else
+      std::transform(numbers_.begin(), numbers_.end(), static_cast<float*>(view_.data()),
+                     [](double x) { return static_cast<float>(x); });
+  }
 
-Numbers branch_policy_loss(const Numbers& scores, const Numbers& old, const Numbers& advantages,
-                           const std::optional<Numbers>& ref, double clip_low, double clip_high,
-                           double kl_coef, double log_ratio_clamp, double min_entropy_ratio,
-                           double scale, double branch_mass, bool drop) {
+private:
+  View view_;
+  Numbers numbers_;
+};
+
+void branch_policy_loss(const Numbers& scores, const Numbers& old, const Numbers& advantages,
+                        const std::optional<Numbers>& ref, double clip_low, double clip_high,
+                        double kl_coef, double log_ratio_clamp, double min_entropy_ratio,
+                        double scale, double branch_mass, bool drop, const py::capsule& numbers) {
   const auto G = static_cast<int64_t>(scores.size());
-  Numbers numbers = numbers_for(G, kvpo::kBranchRows);
+  Output output(numbers, G, kvpo::kBranchRows);
   auto args = policy(
       G, old, advantages, ref,
       {clip_low, clip_high, kl_coef, log_ratio_clamp, min_entropy_ratio, scale, branch_mass, drop},
-      numbers);
+      output.numbers());
   args.scores = scores.data();
   kvpo::cpu::branch_policy_loss(args);
-  return numbers;
+  output.store();
 }
 
-Numbers tve_grpo(const py::capsule& pred, const py::capsule& target, const Numbers& weights,
-                 const Numbers& grad_weights, const Numbers& old, const Numbers& advantages,
-                 const std::optional<Numbers>& ref, double clip_low, double clip_high,
-                 double kl_coef, double log_ratio_clamp, double min_entropy_ratio, double scale,
-                 double branch_mass, bool drop, const std::optional<py::capsule>& grad,
-                 int threads) {
+void tve_grpo(const py::capsule& pred, const py::capsule& target, const Numbers& weights,
+              const Numbers& grad_weights, const Numbers& old, const Numbers& advantages,
+              const std::optional<Numbers>& ref, double clip_low, double clip_high, double kl_coef,
+              double log_ratio_clamp, double min_entropy_ratio, double scale, double branch_mass,
+              bool drop, const py::capsule& numbers, const std::optional<py::capsule>& grad,
+              int threads) {
   const View p(pred, "pred");
   const auto x = trajectories(p, View(target, "target"), threads);
   expect_size(weights, x.steps, "weights");
   expect_size(grad_weights, x.steps, "grad_weights");
-  Numbers numbers = numbers_for(x.branches, kvpo::kBranchRows + 1);
-  double* const energies = &numbers[numbers.size() - static_cast<size_t>(x.branches)];
+  Output output(numbers, x.branches, kvpo::kBranchRows + 1); // and the energies
+  double* const energies = output.numbers().data() + output.numbers().size() - x.branches;
   const auto loss = policy(
       x.branches, old, advantages, ref,
       {clip_low, clip_high, kl_coef, log_ratio_clamp, min_entropy_ratio, scale, branch_mass, drop},
-      numbers);
+      output.numbers());
   void* const out = grad ? gradient_data(View(*grad, "grad"), p) : nullptr;
   py::gil_scoped_release release;
   Numbers partials(partials_size(x)), scores(static_cast<size_t>(x.branches));
@@ -134,7 +153,7 @@ Numbers tve_grpo(const py::capsule& pred, const py::capsule& target, const Numbe
                        scores.data(),
                        coefficients.data(),
                        out});
-  return numbers;
+  output.store();
 }
 
 } // namespace

@@ -19,18 +19,20 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return `(numbers [7 + 5 G], grad)`; grad is empty if not needed."""
     *objective, needs_grad = options
-    step_weights = weights.tolist()
-    grad = pred.new_empty(pred.shape if needs_grad else 0)
-    numbers = _native.tve_grpo(  # type: ignore[call-arg]
-        view(pred.contiguous()),
-        view(target.contiguous()),
+    pred, target, step_weights = pred.contiguous(), target.contiguous(), weights.tolist()
+    grad = torch.empty_like(pred) if needs_grad else pred.new_empty(0)
+    numbers = old_scores.new_empty(7 + 5 * len(old_scores))
+    _native.tve_grpo(  # type: ignore[call-arg]
+        view(pred),
+        view(target),
         step_weights,
         step_weights if grad_weights is weights else grad_weights.tolist(),
         old_scores.tolist(),
         advantages.tolist(),
         None if ref_scores is None else ref_scores.tolist(),
         *objective,  # type: ignore[arg-type]
+        view(numbers),
         view(grad) if needs_grad else None,
         torch.get_num_threads(),
     )
-    return torch.tensor(numbers, dtype=torch.float32), grad
+    return numbers, grad
