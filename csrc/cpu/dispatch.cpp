@@ -1,6 +1,7 @@
 // From the public entry points of the CPU kernels to the build for this machine's instruction set.
 #include "isa.h"
 #include "kvpo/norm_rope.h"
+#include "kvpo/peak_flops.h"
 #include "kvpo/routed_attention.h"
 #include "kvpo/tve_grpo.h"
 
@@ -43,6 +44,7 @@
 #endif
 
 namespace kvpo::cpu {
+KVPO_DISPATCH(peak_flops, PeakFlops)
 KVPO_DISPATCH(routed_attention_forward, RoutedAttentionForward)
 KVPO_DISPATCH(routed_attention_backward, RoutedAttentionBackward)
 KVPO_DISPATCH(norm_rope_forward, NormRopeForward)

@@ -18,7 +18,7 @@
 namespace kvpo::cpu::KVPO_ISA {
 namespace {
 
-constexpr int kChunkKeys = 96;             // weights of a chunk: 24 KiB, most of L1
+constexpr int kChunkKeys = 96;             // their weights, of 48 queries, fill half of L1
 constexpr size_t kSumBytes = 512 << 10;    // of grad_k and grad_v of a live block: half of L2
 constexpr size_t kScratchLimit = 32 << 20; // of all threads together
 constexpr float kLargest = 3.402823466e38f;
@@ -58,11 +58,11 @@ template <typename T> struct Chunk {
   int64_t live; // index of the first among the row's live tokens; -1 for a routed frame
 };
 
-// Keys per chunk of a frame: balanced, so that the last one is not short, and even, so that pairs
-// of keys do not straddle chunks. A function of the frame alone.
+// Keys per chunk of a frame: balanced, so that the last one is not short, and whole tiles, which
+// also keeps pairs of keys from straddling chunks. A function of the frame alone.
 KVPO_INLINE int chunk_keys(int64_t tokens) {
   const int64_t keys = ceil_div(tokens, ceil_div(tokens, kChunkKeys));
-  return static_cast<int>(keys + (keys & 1));
+  return static_cast<int>(ceil_div(keys, kTileRows) * kTileRows);
 }
 
 template <typename T, typename Visit>
@@ -331,8 +331,9 @@ KVPO_INLINE void forward_block(const Forward& a, const QueryBlock& block,
 
   const auto attend = [&](const Chunk<T>& chunk) {
     const Broadcasts k = along_head<kElement>(chunk.k, chunk.k_token, chunk.keys, head_size, my.k);
+    const Broadcasts v_rows{chunk.v, static_cast<ptrdiff_t>(chunk.v_token * sizeof(T))};
     product<false, kElement, Packed::kSteps>(chunk.keys, vecs, steps_of<kElement>(head_size), k,
-                                             my.q, kTileColumns, my.weights, kTileColumns);
+                                             my.q, kTileColumns, my.weights, kTileColumns, v_rows);
     if (a.scale < 0) // so that the largest score has the largest weight
       for (int i = 0; i < chunk.keys * kTileColumns; i += kWidth)
         store(my.weights + i, sub(zero(), load(my.weights + i)));
