@@ -68,13 +68,13 @@ class Block(nn.Module):
             self.modulation[2], self.modulation[5] = 0.5, 0.5
 
     def project(self, x: Tensor, mod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[B, N, H, D]` before norm and rotation."""
+        """Queries, keys and values `[..., H, D]` of tokens `[..., M]`, before norm and rotation."""
         h = _modulated(x, mod[..., 0, :], mod[..., 1, :])
         q, k, v = self.qkv(h).float().unflatten(-1, (3, self.heads, self.head_dim)).unbind(-3)
         return q, k, v
 
     def finish(self, x: Tensor, attended: Tensor, mod: Tensor, text: Tensor) -> Tensor:
-        """The block's output from its attention `[B, N, H, D]`."""
+        """The block's output from its attention `[..., H, D]`."""
         x = x + mod[..., 2, :] * self.out(attended.flatten(-2))
         x = x + self._cross(x, text)
         h = _modulated(x, mod[..., 3, :], mod[..., 4, :])
@@ -82,11 +82,12 @@ class Block(nn.Module):
 
     def _cross(self, x: Tensor, text: Tensor) -> Tensor:
         heads = (self.heads, self.head_dim)
-        q = self.cross_q(F.layer_norm(x, x.shape[-1:])).unflatten(-1, heads).transpose(1, 2)
+        q = self.cross_q(F.layer_norm(x, x.shape[-1:])).flatten(1, -2)
+        q = q.unflatten(-1, heads).transpose(1, 2)
         k, v = self.cross_kv(text).unflatten(-1, (2, *heads)).unbind(-3)
         out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2))
         result: Tensor = self.cross_out(out.transpose(1, 2).flatten(-2))
-        return result
+        return result.view(x.shape)
 
 
 class Generator(nn.Module):
@@ -205,13 +206,14 @@ class Generator(nn.Module):
         grid = (frames, *self.data.grid)
         time, mod_noisy = self._time(sigmas)
         _, mod_clean = self._time(torch.zeros_like(sigmas))
-        mod = torch.cat([mod_clean, mod_noisy]).repeat_interleave(N, dim=1)
-        x = torch.cat([self._embed(s.flatten(1, 2)) for s in (clean, noisy)])
+        # One modulation per block, broadcast over its tokens.
+        mod = torch.cat([mod_clean, mod_noisy])[:, :, None]
+        x = self._embed(torch.cat([clean, noisy]))
         both = torch.cat([text, text])
         picks = [_Pick(c, self.data) for c in (clean_contexts, noisy_contexts)]
         for layer, block in enumerate(self._layers()):
             m = mod + block.modulation
-            q, k, v = block.project(x, m)
+            q, k, v = (t.flatten(1, 2) for t in block.project(x, m))
             q, k = qk_norm_rope(q, k, block.q_norm, block.k_norm, self._rope, 0, grid=grid)
             # The clean stream ends with its keys and values of the last layer.
             streams = (0, 1) if layer < self.config.layers - 1 else (1,)
@@ -220,8 +222,9 @@ class Generator(nn.Module):
                 own = slice(stream * B, (stream + 1) * B)
                 parts.append(picks[stream].attend(q[own], k[own], v[own], k[:B], v[:B], heads, K))
             kept = slice(streams[0] * B, 2 * B)
-            x = block.finish(x[kept], torch.cat(parts), m[kept], both[kept])
-        return self._head(x, time.repeat_interleave(N, dim=1)).unflatten(1, (K, N))
+            attended = torch.cat(parts).unflatten(1, (K, N))
+            x = block.finish(x[kept], attended, m[kept], both[kept])
+        return self._head(x, time[:, :, None])
 
     def _layers(self) -> Iterator[Block]:
         for block in self.blocks:
@@ -229,7 +232,7 @@ class Generator(nn.Module):
             yield block
 
     def _embed(self, x: Tensor) -> Tensor:
-        frames = x.shape[1] // self.data.frame_tokens
+        frames = x.shape[-2] // self.data.frame_tokens
         embedded: Tensor = self.patch_in(x).float() + self.position.repeat(frames, 1)
         return embedded
 

@@ -1,10 +1,10 @@
 """The three rewards, and a judge that no reward knows.
 
 VQ, visual quality: does each frame look like some digit? MQ, motion quality: is the motion smooth?
-TA, text alignment: the prompt's digit, moving as the prompt says. VQ and TA's digit use a classifier
-trained on writers the generator never saw. The judge has another architecture, other writers and
-another way to measure motion, and is for evaluation only: what improves under the rewards but not
-under the judge has learned to please the rewards.
+TA, text alignment: the prompt's digit, moving as the prompt says. VQ and TA use a classifier that
+was trained on writers the generator never saw. The judge has another architecture, other writers
+and another way to measure motion, and is for evaluation only: what improves under the rewards but
+not under the judge has learned to please the rewards.
 """
 
 import math
