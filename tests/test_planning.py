@@ -116,3 +116,11 @@ def test_bad_options(options: dict, message: str) -> None:
 def test_no_eligible_start() -> None:
     with pytest.raises(ConfigError, match="no eligible start: 20 frames"):
         plan_history_routing(RELEASE, video_frames=20)
+
+
+def test_start_can_be_fixed() -> None:
+    plans = [plan_history_routing(RELEASE, sample=i, start_frame=42) for i in range(4)]
+    assert {plan.start_frame for plan in plans} == {42}
+    assert len({str(plan.selected) for plan in plans}) > 1
+    with pytest.raises(ConfigError, match="start_frame = 22 is not one of the eligible"):
+        plan_history_routing(RELEASE, start_frame=22)

@@ -128,6 +128,7 @@ def plan_history_routing(
     seed: int = 42,
     sample: int = 0,
     seed_context: int = 0,
+    start_frame: int | None = None,
 ) -> RoutingPlan:
     """Choose the fork block and the frames of each branch; a pure function of its arguments.
 
@@ -137,9 +138,10 @@ def plan_history_routing(
         sample: index of the prompt.
         seed_context: what tells rollouts apart; the released trainer uses
             `(step + 1) * 1_000_003`.
+        start_frame: fork here instead of at a drawn start, as prompts that run in one batch must.
 
     Raises:
-        ConfigError: no block of the video is eligible.
+        ConfigError: no block of the video is eligible, or not the one asked for.
 
     Source: the released planner of KVPO; seeds `seed + 97 * sample + seed_context` (start) and one
     more (selection), CPU generators.
@@ -154,6 +156,10 @@ def plan_history_routing(
     base = seed + 97 * sample + seed_context
     draw = torch.Generator().manual_seed(base)
     start = starts[int(torch.randint(0, len(starts), (1,), generator=draw).item())]
+    if start_frame is not None:
+        if start_frame not in starts:
+            raise ConfigError(f"start_frame = {start_frame} is not one of the eligible {starts}")
+        start = start_frame
     candidates = _candidates(routing, start)
     picks = _SELECTIONS[routing.selection](
         len(candidates), routing.routed_frames, routing.num_branches, base + 1

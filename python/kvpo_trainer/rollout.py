@@ -1,14 +1,10 @@
-"""One KVPO rollout: a shared prefix, a fork, and all branches in one batch.
+"""Branches of one noise that differ only in the history they attend to, and their replay.
 
-The branches of a prompt share the prefix, the prompt and every noise draw; they differ in which old
-frames they attend to inside the perturbed window (causal history routing). The anchor is the same
-rollout with the normal context and runs in the same batch, as the last row of its prompt. So a
-block costs five forwards, whatever the number of branches.
+All rows of a step, prompts x (branches + anchor), are one batch: a prefix is generated once per
+prompt, its timeline is forked without a copy, and each forward serves every branch and the anchor.
 
-Shape letters: n prompts, G branches of a prompt, B = n * (G + 1) rows, K recorded blocks, S denoise
-steps, N tokens of a block, P values of a token.
-
-Source: KVPO (arXiv:2605.14278), the released code's rollout.
+Shape letters: n prompts, G branches, A = G + 1 rows per prompt with the anchor last, K blocks from
+the fork to the end of its chunk, s denoise steps, N tokens of a block, P values of a token.
 """
 
 from collections.abc import Sequence
@@ -17,7 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvpo_kernels import FramePool, HistoryRouting, RouteTable, Timeline, plan_history_routing
+from kvpo_kernels import (
+    FramePool,
+    HistoryRouting,
+    RouteTable,
+    Timeline,
+    TrajectoryEnergies,
+    plan_history_routing,
+    velocity_gradient,
+    velocity_step_weights,
+)
 from kvpo_kernels.history.planning import RoutingPlan
 from kvpo_trainer.data import Prompt, tokenize, unpatchify
 from kvpo_trainer.generator import Generator
@@ -26,8 +31,10 @@ from kvpo_trainer.sampling import (
     NOISES,
     SIGMAS,
     SINK_FRAMES,
+    BlockTrace,
     commit_block,
     denoise_block,
+    draw_noise,
     normal_routes,
 )
 
@@ -37,45 +44,48 @@ EXPLORATION = {
 }
 """Routings by name. "official" is the released one: five blocks that see the sink, five routed
 frames and the previous frame. "first_block" takes the previous frame away as well, but from the
-first block only: as diverse as other noise, at some cost in continuity. Not in the paper."""
+first block only: more diverse, at some cost in continuity. Not in the paper."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a rollout leaves for rewards and replay."""
+    """What one rollout hands to the reward and to the replay."""
 
     prompts: list[Prompt]
-    """n of them."""
-    plan: RoutingPlan
-    chunk: tuple[int, int]
-    """First frame of the fork chunk, and the first one after it."""
-    videos: Tensor
-    """`[n, G + 1, frames, canvas, canvas]` from frame 0 on; the anchor is the last row."""
+    plans: list[RoutingPlan]
+    """One per prompt, all with the same start."""
     pool: FramePool
     prefixes: list[Timeline]
-    """Per prompt the history before the fork, as the rollout's policy wrote it."""
+    """The n shared prefixes, as they were at the fork."""
     noisy: Tensor
-    """`[n * G, K, S, N, P]`, inputs of the denoise steps from the fork to the chunk's end."""
+    """`[n * G, K, s, N, P]`, inputs of the branches' denoise steps, prompt-major."""
     x0: Tensor
-    """`[n * G, K, S, N, P]`, their predictions."""
+    """`[n * G, K, s, N, P]`, their predictions."""
     context_noise: Tensor
-    """`[n * G, K, N, P]`, of the context passes."""
+    """`[n * G, K, N, P]`."""
+    chunk: Tensor
+    """`[n, A, frames, canvas, canvas]`: the fork's chunk of every row, prefix included."""
+    chunk_first_frame: int
+    videos: Tensor | None
+    """`[n, A, frames, canvas, canvas]`: whole videos, where they were asked for."""
 
     @property
-    def num_branches(self) -> int:
-        """G."""
-        return self.videos.shape[1] - 1
-
-    @property
-    def first_blocks(self) -> list[int]:
-        """First frame of each recorded block."""
-        first, count = self.plan.start_frame, self.noisy.shape[1]
-        step = (self.chunk[1] - first) // count
-        return [first + k * step for k in range(count)]
+    def start_frame(self) -> int:
+        """Absolute index of the first frame that branches differ in."""
+        return self.plans[0].start_frame
 
 
-def chunk_of(routing: HistoryRouting, frame: int, video_frames: int) -> tuple[int, int]:
-    """First frame of the chunk that holds `frame`, and the first one after it."""
+@dataclass
+class Replay:
+    """The branches of a rollout under the unperturbed context of one policy."""
+
+    energies: TrajectoryEnergies
+    tables: list[RouteTable]
+    """The context of each block; a table keeps its frames in the pool."""
+
+
+def chunk_bounds(routing: HistoryRouting, frame: int, video_frames: int) -> tuple[int, int]:
+    """First and past-the-last frame of the chunk that a frame lies in."""
     first, end = 0, routing.chunk_frames
     while frame >= end:
         first, end = end, end + routing.min_new_frames
@@ -87,125 +97,170 @@ def roll_out(
     policy: Generator,
     prompts: Sequence[Prompt],
     routing: HistoryRouting,
-    noise: Tensor,
     *,
+    seed: int,
+    seed_context: int,
+    rng: torch.Generator,
     whole_video: bool = False,
-    seed: int = 42,
-    sample: int = 0,
-    seed_context: int = 0,
 ) -> Rollout:
-    """Roll out all branches and the anchor of every prompt.
+    """Generate prefix, branches and anchor of every prompt.
 
     Args:
-        policy: the one that samples: KVPO's old policy.
-        prompts: n of them; they share the plan, hence the fork.
-        routing: how branches differ; its G is the number of branches.
-        noise: `[n, blocks of the video, 5, N, P]`, of `draw_noise`; each branch uses its prompt's.
-        whole_video: go on to the end of the video, for global rewards; else stop with the chunk.
-        seed, sample, seed_context: of the plan; see `plan_history_routing`.
+        policy: the old policy.
+        routing: the branches; their number, the planner's options.
+        seed, seed_context: of the planner; the fork is the first prompt's.
+        rng: noise, one set per prompt, shared by its branches and anchor.
+        whole_video: go on, in the normal context, to the end of the video for the global reward.
     """
-    data, n, G = policy.data, len(prompts), routing.num_branches
-    plan = plan_history_routing(routing, data.frames, seed, sample, seed_context)
-    fork, step = plan.start_frame, data.block_frames
-    chunk = chunk_of(routing, fork, data.frames)
-    end = data.frames if whole_video else chunk[1]
-    rows = n * (G + 1)
-    # The prefixes, the rows' own frames, and as many again for one replay.
-    pool = policy.new_pool(n * fork + rows * (end - fork) + n * G * (chunk[1] - fork))
+    data, n, A = policy.data, len(prompts), routing.num_branches + 1
+    frames, G = data.block_frames, routing.num_branches
+    plans: list[RoutingPlan] = []
+    for i in range(n):
+        start = plans[0].start_frame if plans else None
+        plans.append(
+            plan_history_routing(routing, data.frames, seed, i, seed_context, start_frame=start)
+        )
+    fork, end = plans[0].start_frame, plans[0].end_frame
+    chunk_first, chunk_end = chunk_bounds(routing, fork, data.frames)
+    last = data.frames if whole_video else chunk_end
     text = policy.encode_text(tokenize(prompts))
+    noise = draw_noise(n, last // frames, policy, rng)
 
+    held = chunk_end - fork + 2 * frames
+    pool = policy.new_pool(n * (fork + (A + G) * held))
     prefixes = [pool.timeline() for _ in range(n)]
-    blocks = []
-    for first in range(0, fork, step):
-        draws = noise[:, first // step]
-        table = normal_routes(pool, prefixes)
-        x0 = denoise_block(policy, text, first, pool, table, draws).x0[:, -1]
-        commit_block(policy, text, prefixes, first, pool, table, x0, draws[:, NOISES - 1])
-        blocks.append(x0.repeat_interleave(G + 1, dim=0))
+    prefix = [
+        _advance(policy, text, pool, prefixes, first, noise[:, first // frames]).x0[:, -1]
+        for first in range(0, fork, frames)
+    ]
 
-    branches = [branch for prefix in prefixes for branch in prefix.fork(G + 1)]
-    text = text.repeat_interleave(G + 1, dim=0)
-    is_branch = torch.arange(rows) % (G + 1) < G
-    noisy, predictions, context_noise = [], [], []
-    for first in range(fork, end, step):
-        draws = noise[:, first // step].repeat_interleave(G + 1, dim=0)
-        if first < plan.end_frame:
-            table = branch_routes(pool, branches, plan, routing)
-        else:
-            table = normal_routes(pool, branches)
-        trace = denoise_block(policy, text, first, pool, table, draws)
-        last = trace.x0[:, -1]
-        blocks.append(last)
-        if first < chunk[1]:
-            noisy.append(trace.noisy[is_branch])
-            predictions.append(trace.x0[is_branch])
-            context_noise.append(draws[is_branch, NOISES - 1])
-        if first + step < end:
-            commit_block(policy, text, branches, first, pool, table, last, draws[:, NOISES - 1])
-    videos = unpatchify(torch.stack(blocks, 1).flatten(1, 2), data)
+    rows = [branch for timeline in prefixes for branch in timeline.fork(A)]
+    row_text = text.repeat_interleave(A, dim=0)
+    traces: list[BlockTrace] = []
+    nearest = max(0, routing.nearest_frames - frames)
+    for first in range(fork, last, frames):
+        block_noise = noise[:, first // frames].repeat_interleave(A, dim=0)
+        table = None
+        if first < end:
+            lists = [
+                row.window(SINK_FRAMES, LOCAL_FRAMES)
+                if r % A == G
+                else row.routed(SINK_FRAMES, plans[r // A].attended[r % A], nearest)
+                for r, row in enumerate(rows)
+            ]
+            table = pool.routes(lists)
+        traces.append(_advance(policy, row_text, pool, rows, first, block_noise, table))
+        if first + frames > end:  # what neither a route nor a window will ask for again
+            done = first + frames
+            for row in rows:
+                row.evict([*range(SINK_FRAMES), *range(done - LOCAL_FRAMES, done)])
+    for row in rows:
+        row.release()
+
+    K = (chunk_end - fork) // frames
+    shared = torch.stack(prefix, 1).flatten(1, 2)[:, None].expand(-1, A, -1, -1)
+    own = torch.stack([t.x0[:, -1] for t in traces], 1).flatten(1, 2).unflatten(0, (n, A))
+    videos = unpatchify(torch.cat([shared, own], dim=2), data)
+    branch_rows = torch.arange(n * A).view(n, A)[:, :G].flatten()
+    context = noise[:, fork // frames : chunk_end // frames, NOISES - 1]
     return Rollout(
         prompts=list(prompts),
-        plan=plan,
-        chunk=chunk,
-        videos=videos.unflatten(0, (n, G + 1)),
+        plans=plans,
         pool=pool,
         prefixes=prefixes,
-        noisy=torch.stack(noisy, 1),
-        x0=torch.stack(predictions, 1),
-        context_noise=torch.stack(context_noise, 1),
+        noisy=torch.stack([t.noisy for t in traces[:K]], 1)[branch_rows],
+        x0=torch.stack([t.x0 for t in traces[:K]], 1)[branch_rows],
+        context_noise=context.repeat_interleave(G, dim=0),
+        chunk=videos[:, :, chunk_first:chunk_end],
+        chunk_first_frame=chunk_first,
+        videos=videos if whole_video else None,
     )
 
 
-def branch_routes(
-    pool: FramePool, branches: Sequence[Timeline], plan: RoutingPlan, routing: HistoryRouting
-) -> RouteTable:
-    """Contexts of one perturbed block: routed for the branches, normal for each group's last row."""
-    G = routing.num_branches
-    nearest = routing.nearest_frames - routing.block_frames
-    lists = []
-    for row, branch in enumerate(branches):
-        g = row % (G + 1)
-        if g == G:
-            lists.append(branch.window(SINK_FRAMES, LOCAL_FRAMES))
-        else:
-            lists.append(branch.routed(routing.sink_frames, plan.attended[g], nearest))
-    return pool.routes(lists)
-
-
-@dataclass(frozen=True)
-class Replay:
-    """Predictions' contexts under a policy that looks at recorded trajectories."""
-
-    tables: list[RouteTable]
-    """Per recorded block the normal context of every branch; holds its frames in the pool."""
-    residuals: Tensor
-    """`[n * G, K, S]`, mean squared difference of the x0 predictions, recorded and replayed."""
-
-
 @torch.no_grad()
-def replay(policy: Generator, rollout: Rollout) -> Replay:
-    """Predict the recorded inputs again in the deployment context.
+def replay(policy: Generator, rollout: Rollout, sigma_floor: float) -> Replay:
+    """Pass 1: the energies of all branches, and the contexts that pass 2 needs.
 
-    History before the fork is the rollout's; after it, each branch continues with the replaying
-    policy's own last predictions, committed with the rollout's context noise, so that the policy
-    that made the rollout scores the same in every replay.
+    Each block's recorded inputs go through the policy in the normal context; its own prediction
+    then becomes history (KVPO_SPEC 5: the replay's predictions, not the rollout's). The prefix is
+    the rollout's for every policy, as is the context noise, so that equal policies have equal
+    energies, bit for bit.
     """
-    G = rollout.num_branches
-    pool, recorded = rollout.pool, rollout.first_blocks
-    words = tokenize(rollout.prompts).repeat_interleave(G, dim=0)
-    text = policy.encode_text(words)
-    branches = [branch for prefix in rollout.prefixes for branch in prefix.fork(G)]
-    tables, residuals = [], []
-    for k, first in enumerate(recorded):
-        table = normal_routes(pool, branches)
-        tables.append(table)
-        by_step = []
-        for s, sigma in enumerate(SIGMAS):
-            x = rollout.noisy[:, k, s]
-            x0 = x - sigma * policy.stream(x, sigma, text, first, pool, table)
-            by_step.append((x0 - rollout.x0[:, k, s]).square().mean((-2, -1)))
-        residuals.append(torch.stack(by_step, 1))
-        if k + 1 < len(recorded):
-            draws = rollout.context_noise[:, k]
-            commit_block(policy, text, branches, first, pool, table, x0, draws)
-    return Replay(tables, torch.stack(residuals, 1))
+    rows = rollout.noisy.shape[0]
+    G = rows // len(rollout.prompts)
+    frames = policy.data.block_frames
+    timelines = [branch for prefix in rollout.prefixes for branch in prefix.fork(G)]
+    text = _branch_text(policy, rollout)
+    weights = _weights(sigma_floor)
+    result = Replay(TrajectoryEnergies(rows), [])
+    blocks = rollout.noisy.shape[1]
+    for k in range(blocks):
+        first = rollout.start_frame + k * frames
+        table = normal_routes(rollout.pool, timelines)
+        result.tables.append(table)
+        for step, sigma in enumerate(SIGMAS):
+            x = rollout.noisy[:, k, step]
+            x0 = x - sigma * policy.stream(x, sigma, text, first, rollout.pool, table)
+            result.energies.add(x0, rollout.x0[:, k, step], weights[step])
+        if k + 1 < blocks:
+            noise = rollout.context_noise[:, k]
+            commit_block(policy, text, timelines, first, rollout.pool, table, x0, noise)
+    for timeline in timelines:
+        timeline.release()
+    return result
+
+
+def accumulate_gradient(
+    policy: Generator,
+    rollout: Rollout,
+    replayed: Replay,
+    score_grad: Tensor,
+    *,
+    gradient_steps: int,
+    sigma_floor: float,
+) -> None:
+    """Pass 2: add d(loss)/d(weights), one block-step at a time, nothing kept between them.
+
+    Exact, because the loss depends on the weights through the scores only, and each block-step adds
+    its own term to a score (its history is a constant, as in the released code).
+
+    Args:
+        score_grad: `[n * G]`, d(loss)/d(score).
+        gradient_steps: the first so many denoise steps of each block carry gradient.
+    """
+    weights = _weights(sigma_floor)
+    for k, table in enumerate(replayed.tables):
+        first = rollout.start_frame + k * policy.data.block_frames
+        for step, sigma in enumerate(SIGMAS[:gradient_steps]):
+            x = rollout.noisy[:, k, step]
+            text = _branch_text(policy, rollout)
+            x0 = x - sigma * policy.stream(x, sigma, text, first, rollout.pool, table)
+            target = rollout.x0[:, k, step]
+            x0.backward(velocity_gradient(x0.detach(), target, weights[step], score_grad))
+
+
+def _advance(
+    policy: Generator,
+    text: Tensor,
+    pool: FramePool,
+    timelines: Sequence[Timeline],
+    first_frame: int,
+    noise: Tensor,
+    table: RouteTable | None = None,
+) -> BlockTrace:
+    """Sample and commit one block of every row; in the normal context without a table."""
+    table = normal_routes(pool, timelines) if table is None else table
+    trace = denoise_block(policy, text, first_frame, pool, table, noise)
+    last = noise[:, NOISES - 1]
+    commit_block(policy, text, timelines, first_frame, pool, table, trace.x0[:, -1], last)
+    return trace
+
+
+def _branch_text(policy: Generator, rollout: Rollout) -> Tensor:
+    G = rollout.noisy.shape[0] // len(rollout.prompts)
+    return policy.encode_text(tokenize(rollout.prompts)).repeat_interleave(G, dim=0)
+
+
+def _weights(sigma_floor: float) -> list[float]:
+    weights: list[float] = velocity_step_weights(SIGMAS, "x0", sigma_floor).tolist()
+    return weights
