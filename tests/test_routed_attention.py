@@ -1,43 +1,353 @@
-"""`routed_attention` on every backend and instruction set against the reference in float64."""
+"""`routed_attention` on every backend and instruction set: values, bits, and how torch sees it."""
+
+import mmap
+import threading
+from collections.abc import Iterator
 
 import pytest
 import torch
 from cases import ROUTED, RoutedCase
+from tolerance import assert_as_accurate
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from kvpo_kernels import _native
-from kvpo_kernels.ops.routed_attention import routed_attention
+from benchmarks.bench_routed_attention import peak_extra_bytes
+from kvpo_kernels import RouteTable, _native, routed_attention
+from kvpo_kernels.ops.routed_attention import BACKENDS
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+NAMES = ("out", "lse", "grad_q", "grad_k_live", "grad_v_live")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BY_NAME = {case.name: case for case in ROUTED}
 each_case = pytest.mark.parametrize("case", ROUTED, ids=lambda c: c.name)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+each_backend = pytest.mark.parametrize("backend", [b.name for b in BACKENDS])
+Inputs = tuple[Tensor, ...]
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    _native.set_isa_limit(request.param)
-    if _native.isa() != request.param:
-        pytest.skip(f"this machine runs {_native.isa()} at best")
-    yield request.param
-    _native.set_isa_limit(ISAS[-1])
+@pytest.fixture(autouse=True)
+def restore_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def output_weight(out: Tensor) -> Tensor:
+    """The fixed linear form of the output that the gradients are of."""
+    return torch.linspace(-1, 1, out.numel(), dtype=torch.float64).to(out.dtype).view_as(out)
 
 
 def results(
-    case: RoutedCase, dtype: torch.dtype, backend: str, **options
-) -> dict[str, torch.Tensor]:
-    """Output, lse and the gradients of a fixed linear form of the output."""
-    q, k_pool, v_pool, k_live, v_live = case.inputs(dtype)
-    leaves = [t.requires_grad_() for t in (q, k_live, v_live)]
+    inputs: Inputs, table: RouteTable, backend: str, weight: Tensor | None = None, **options: object
+) -> Inputs:
+    """Output, lse, and the gradients of q, k_live and v_live."""
+    q, k_pool, v_pool, k_live, v_live = inputs
+    leaves = [t.detach().requires_grad_() for t in (q, k_live, v_live)]
     out, lse = routed_attention(
-        q, k_pool, v_pool, case.table(), k_live, v_live, return_lse=True, backend=backend
+        leaves[0], k_pool, v_pool, table, *leaves[1:], return_lse=True, backend=backend, **options
     )
-    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).to(dtype).view_as(out)
-    grads = torch.autograd.grad(out, leaves, weight)
-    names = ("out", "lse", "grad_q", "grad_k_live", "grad_v_live")
-    return dict(zip(names, (out.detach(), lse, *grads), strict=True))
+    weight = output_weight(out) if weight is None else weight
+    return out.detach(), lse, *torch.autograd.grad(out, leaves, weight)
 
 
+def results_of_torch(inputs: Inputs, table: RouteTable) -> Inputs:
+    """The same in torch's own attention at the inputs' precision, one row at a time."""
+    q, k_pool, v_pool, k_live, v_live = inputs
+    leaves = q, k_live, v_live = [t.detach().requires_grad_() for t in (q, k_live, v_live)]
+    rows = []
+    for b, slots in enumerate(table.slots):
+        used = slots[slots >= 0].long()
+        k = torch.cat([k_pool[used].flatten(0, 1), k_live[b]])
+        v = torch.cat([v_pool[used].flatten(0, 1), v_live[b]])
+        group = q.shape[2] // k.shape[1]
+        k, v = (t.repeat_interleave(group, 1).transpose(0, 1)[None] for t in (k, v))
+        row = scaled_dot_product_attention(q[b].transpose(0, 1)[None], k, v)
+        rows.append(row[0].transpose(0, 1) if k.shape[2] else q[b] * 0)
+    out = torch.stack(rows)
+    lse = routed_attention(q, k_pool, v_pool, table, *leaves[1:], return_lse=True)[1]
+    grads = torch.autograd.grad(out, leaves, output_weight(out), materialize_grads=True)
+    return out.detach(), lse, *grads
+
+
+def assert_same_bits(actual: Inputs, expected: Inputs) -> None:
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
+        assert torch.equal(a.nan_to_num(7), e.nan_to_num(7)), name
+
+
+@each_dtype
 @each_case
-def test_float32_matches_float64(case: RoutedCase, isa: str) -> None:
-    actual = results(case, torch.float32, "cpu")
-    truth = results(case, torch.float64, "reference")
-    for name, value in actual.items():
-        torch.testing.assert_close(value.double(), truth[name], rtol=1e-4, atol=1e-5)
+def test_cpu_is_as_accurate_as_torch(case: RoutedCase, dtype: torch.dtype, isa: str) -> None:
+    inputs, table = case.inputs(dtype), case.table()
+    actual = results(inputs, table, "cpu")
+    same = results_of_torch(inputs, table)
+    truth = results(tuple(t.double() for t in inputs), table, "reference")
+    # lse is compared to the reference in float32; three times for gradients, whose `grad_out . out`
+    # sees an output already rounded.
+    same = (same[0], results(inputs, table, "reference")[1], *same[2:])
+    for name, a, s, t in zip(NAMES, actual, same, truth, strict=True):
+        assert_as_accurate(name, a, s, t, slack=3.0 if "grad" in name else 2.0)
+
+
+def test_reference_by_hand() -> None:
+    # One query, keys log 2 apart after scaling: weights 1/3 and 2/3.
+    q = torch.tensor([[[[1.0]]]], dtype=torch.float64)
+    k_pool = torch.tensor([0.0, 99.0], dtype=torch.float64).view(2, 1, 1, 1)
+    v_pool = torch.tensor([3.0, 99.0], dtype=torch.float64).view(2, 1, 1, 1)
+    live_k = torch.full((1, 1, 1, 1), 2.0, dtype=torch.float64).log()
+    live_v = torch.full((1, 1, 1, 1), 6.0, dtype=torch.float64)
+    table = RouteTable([[0]], 2)
+    out, lse = routed_attention(q, k_pool, v_pool, table, live_k, live_v, return_lse=True)
+    torch.testing.assert_close(out.item(), 5.0, rtol=1e-15, atol=0)  # rounding of float64
+    torch.testing.assert_close(lse.exp().item(), 3.0, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("name", ["ragged", "no-keys", "repeated-frames"])
+def test_reference_passes_gradcheck(name: str) -> None:
+    case = BY_NAME[name]
+    q, k_pool, v_pool, k_live, v_live = case.inputs(torch.float64)
+    leaves = [t[:, :3].clone().requires_grad_() for t in (q, k_live, v_live)]
+    call = lambda q, k, v: routed_attention(q, k_pool, v_pool, case.table(), k, v)
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+def test_rows_without_keys_are_zero(isa: str) -> None:
+    case = BY_NAME["no-keys"]
+    out, lse, grad_q, *_ = results(case.inputs(), case.table(), "cpu")
+    empty = [b for b, row in enumerate(case.slot_lists()) if not row]
+    assert empty
+    for b in empty:
+        assert not out[b].any() and not grad_q[b].any() and (lse[b] == float("-inf")).all()
+
+
+@each_backend
+@pytest.mark.parametrize(("B", "Q"), [(0, 3), (2, 0)])
+def test_empty_batches_and_queries(B: int, Q: int, backend: str) -> None:
+    q, pool, live = torch.randn(B, Q, 2, 16), torch.randn(3, 4, 2, 16), torch.randn(B, 5, 2, 16)
+    out, lse, *grads = results((q, pool, pool, live, live), RouteTable([[0]] * B, 3), backend)
+    assert out.shape == q.shape and lse.shape == (B, 2, Q)
+    assert [g.shape for g in grads] == [q.shape, live.shape, live.shape]
+    assert not any(g.any() for g in grads)
+
+
+@each_dtype
+def test_bits_of_a_row_depend_on_nothing_else(dtype: torch.dtype, isa: str) -> None:
+    case = BY_NAME["grouped-heads"]
+    rows = [[0, 1], [2], [], [4, 3, 1]]
+    inputs = RoutedCase("", 4, 67, 6, 32, 5, 9, 0, 101, kv_heads=case.kv_heads).inputs(dtype)
+    pool = torch.randn(2, *inputs[1].shape).to(dtype)
+    inputs = (inputs[0], *pool, *inputs[3:])
+    pick = lambda order: (inputs[0][order], *pool, inputs[3][order], inputs[4][order])
+    torch.set_num_threads(1)
+    weight = output_weight(inputs[0])
+    together = results(inputs, RouteTable(rows, 5), "cpu", weight)
+    for threads in (1, 2, 3, 16):
+        torch.set_num_threads(threads)
+        assert_same_bits(results(inputs, RouteTable(rows, 5), "cpu", weight), together)
+    order = [2, 0, 3, 1]
+    permuted = results(pick(order), RouteTable([rows[b] for b in order], 5), "cpu", weight[order])
+    assert_same_bits(permuted, tuple(t[order] for t in together))
+    for b in range(4):
+        alone = results(pick([b]), RouteTable([rows[b]], 5), "cpu", weight[[b]])
+        assert_same_bits(alone, tuple(t[[b]] for t in together))
+
+
+def test_bits_of_a_row_on_the_reference() -> None:
+    case = BY_NAME["ragged"]
+    inputs, rows = case.inputs(), case.slot_lists()
+    weight = output_weight(inputs[0])
+    together = results(inputs, case.table(), "reference", weight)
+    for b in range(case.B):
+        one = (inputs[0][[b]], *inputs[1:3], inputs[3][[b]], inputs[4][[b]])
+        alone = results(one, RouteTable([rows[b]], case.F), "reference", weight[[b]])
+        assert_same_bits(alone, tuple(t[[b]] for t in together))
+
+
+@each_dtype
+def test_twenty_repeats_give_the_same_bits(dtype: torch.dtype) -> None:
+    case = BY_NAME["many-chunks"]
+    torch.set_num_threads(2)
+    first = results(case.inputs(dtype), case.table(), "cpu")
+    for _ in range(20):
+        assert_same_bits(results(case.inputs(dtype), case.table(), "cpu"), first)
+
+
+def test_calls_from_four_threads_do_not_meet() -> None:
+    torch.set_num_threads(2)
+    cases = [BY_NAME[n] for n in ("many-chunks", "odd-tiles", "grouped-heads", "ragged")]
+    expected = [results(c.inputs(), c.table(), "cpu") for c in cases]
+    actual: dict[int, list[Inputs]] = {}
+
+    def work(i: int) -> None:
+        actual[i] = [results(cases[i].inputs(), cases[i].table(), "cpu") for _ in range(5)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for i in range(4):
+        for got in actual[i]:
+            assert_same_bits(got, expected[i])
+
+
+@each_dtype
+@each_backend
+def test_any_strides(dtype: torch.dtype, backend: str) -> None:
+    case = BY_NAME["grouped-heads"]
+    q, k_pool, v_pool, k_live, v_live = inputs = case.inputs(dtype)
+    arena = torch.full((3, case.T + 2, case.kv_heads + 1, case.F, 2, case.D + 2), float("nan"))
+    arena = arena.to(dtype)  # NaN around every vector of the pool
+    layer = arena[1, 1:-1, 1:, :, :, 1:-1]
+    k_view, v_view = (layer[..., i, :].permute(2, 0, 1, 3) for i in (0, 1))
+    k_view.copy_(k_pool)
+    v_view.copy_(v_pool)
+    wide = lambda t: torch.stack([t, t], dim=2)[:, :, 1]
+    strided = (q.transpose(1, 2).contiguous().transpose(1, 2), k_view, v_view)
+    strided += (wide(k_live), v_live.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0))
+    weight = output_weight(q)
+    out = results(strided, case.table(), backend, weight.transpose(0, 3).clone().transpose(0, 3))
+    assert_same_bits(out, results(inputs, case.table(), backend, weight))
+
+
+def test_expanded_output_gradient() -> None:
+    case = BY_NAME["routed-only"]
+    q, k_pool, v_pool, *_ = case.inputs()
+    grads = []
+    for backend in ("cpu", "reference"):
+        leaf = q.clone().requires_grad_()
+        routed_attention(leaf, k_pool, v_pool, case.table(), backend=backend).sum().backward()
+        grads.append(leaf.grad)
+    # The sum's gradient is 0 in theory wherever values are alike; rounding of float32 otherwise.
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+@each_dtype
+def test_frames_beyond_two_gibibytes(dtype: torch.dtype, isa: str) -> None:
+    # Lazily mapped: only the pages of two frames are ever touched.
+    stride = (1 << 31) // dtype.itemsize + 4096
+    arena = torch.frombuffer(mmap.mmap(-1, (2 * stride + 4096) * dtype.itemsize), dtype=dtype)
+    pool = arena.as_strided((3, 5, 1, 32), (stride, 32, 32, 1))
+    small = torch.randn(3, 5, 1, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for f in (1, 2):
+        pool[f] = small[f]
+    q, live = torch.randn(1, 4, 1, 32).to(dtype), torch.randn(1, 2, 1, 32).to(dtype)
+    table = RouteTable([[2, 1]], 3)
+    far = results((q, pool, pool, live, live), table, "cpu")
+    assert_same_bits(far, results((q, small, small, live, live), table, "cpu"))
+
+
+def test_working_memory_is_bounded() -> None:
+    torch.set_num_threads(2)
+    pool = torch.zeros(2, 8, 4096, 4, 64)
+    q, live = torch.zeros(4, 48, 4, 64), torch.zeros(4, 4096, 4, 64)
+    table = RouteTable([list(range(8))] * 4, 8)  # a gathered copy would be 268 MB
+    leaves = [q.requires_grad_(), live.requires_grad_()]
+
+    def call() -> Inputs:
+        out = routed_attention(leaves[0], *pool, table, leaves[1], live, backend="cpu")
+        return out, *torch.autograd.grad(out.sum(), leaves)
+
+    assert peak_extra_bytes(call) - live.nbytes <= 32 << 20  # its grad_v, which is not asked for
+
+
+# How torch sees it -------------------------------------------------------------------------------
+
+
+@each_backend
+def test_registration_is_sound(backend: str) -> None:
+    case = BY_NAME["ragged"]
+    q, k_pool, v_pool, k_live, v_live = (t.nan_to_num() for t in case.inputs())
+    args = (q, k_pool, v_pool, case.table().slots, k_live, v_live)
+    ops = torch.ops.kvpo
+    out, lse = ops.routed_attention_forward(*args, 0.5, backend)
+    torch.library.opcheck(ops.routed_attention_forward.default, (*args, 0.5, backend))
+    backward = (torch.ones_like(out), *args, out, lse, 0.5, backend)
+    torch.library.opcheck(ops.routed_attention_backward.default, backward)
+
+
+@each_backend
+@pytest.mark.parametrize("case", [BY_NAME["ragged"], BY_NAME["routed-only"]], ids=lambda c: c.name)
+def test_compiles_without_graph_breaks(case: RoutedCase, backend: str) -> None:
+    q, k_pool, v_pool, k_live, v_live = case.inputs()
+    table = case.table()
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        live = (k, v) if case.L else (None, None)
+        return routed_attention(q, k_pool, v_pool, table, *live, return_lse=True, backend=backend)
+
+    def run(f: object) -> Inputs:
+        leaves = [t.detach().requires_grad_() for t in (q, k_live, v_live)]
+        out, lse = f(*leaves)
+        assert out.requires_grad and not lse.requires_grad
+        return (
+            out,
+            lse,
+            *torch.autograd.grad(out, leaves, output_weight(out), materialize_grads=True),
+        )
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert_same_bits(run(compiled), run(call))
+
+
+@each_backend
+def test_inference_mode_and_no_grad(backend: str) -> None:
+    case = BY_NAME["ragged"]
+    q, k_pool, v_pool, k_live, v_live = case.inputs()
+    expected = routed_attention(
+        q.requires_grad_(), k_pool, v_pool, case.table(), k_live, v_live, backend=backend
+    )
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            out = routed_attention(q, k_pool, v_pool, case.table(), k_live, v_live, backend=backend)
+            assert torch.equal(out, expected) and not out.requires_grad
+
+
+@pytest.mark.parametrize(("policy", "forwards"), [("save", 1), ("recompute", 2)])
+def test_checkpoint_policy_can_save_the_attention(
+    policy: str, forwards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kvpo_kernels.backends.native import routed_attention as launcher
+
+    case = BY_NAME["ragged"]
+    q, k_pool, v_pool, k_live, v_live = case.inputs()
+    table, calls, real = case.table(), [], launcher.forward
+    monkeypatch.setattr(launcher, "forward", lambda *args: (calls.append(1), real(*args))[1])
+    must = CheckpointPolicy.MUST_SAVE if policy == "save" else CheckpointPolicy.MUST_RECOMPUTE
+
+    def decide(_ctx: object, op: object, *_a: object, **_k: object) -> CheckpointPolicy:
+        mine = op is torch.ops.kvpo.routed_attention_forward.default
+        return must if mine else CheckpointPolicy.MUST_RECOMPUTE
+
+    def layer(q: Tensor) -> Tensor:
+        attended = routed_attention(q.sin(), k_pool, v_pool, table, k_live, v_live, backend="cpu")
+        return attended.cos()
+
+    leaf = q.requires_grad_()
+    (expected,) = torch.autograd.grad(layer(leaf).sum(), leaf)
+    calls.clear()
+    out = checkpoint(
+        layer,
+        leaf,
+        use_reentrant=False,
+        context_fn=lambda: create_selective_checkpoint_contexts(decide),
+    )
+    (actual,) = torch.autograd.grad(out.sum(), leaf)
+    assert len(calls) == forwards
+    assert torch.equal(actual, expected)
+
+
+def test_meta_tensors_have_the_right_shapes() -> None:
+    q, pool = torch.empty(2, 5, 4, 16, device="meta"), torch.empty(3, 7, 2, 16, device="meta")
+    slots, live = torch.empty(2, 1, dtype=torch.int32, device="meta"), q[:, :0, :2]
+    forward = torch.ops.kvpo.routed_attention_forward
+    out, lse = forward(q, pool, pool, slots, live, live, 0.5, "cpu")
+    assert out.shape == q.shape and out.is_contiguous() and lse.shape == (2, 4, 5)
+
+
+def test_peak_probe_counts_all_threads() -> None:
+    one = _native.peak_flops(pairs=False, threads=1, iterations=10)
+    assert _native.peak_flops(pairs=False, threads=2, iterations=10) == 2 * one > 0

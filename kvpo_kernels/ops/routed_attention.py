@@ -131,20 +131,24 @@ def routed_attention(
     Source: the routed local window of KVPO (arXiv:2605.14278); online softmax as in Milakov and
     Gimelshein (arXiv:1805.02867).
     """
-    if k_live is None and v_live is None and q.ndim == 4 and k_pool.ndim == 4:
-        k_live = v_live = k_pool.new_empty(q.shape[0], 0, k_pool.shape[2], k_pool.shape[3])
+    if k_live is None and v_live is None and q.ndim == k_pool.ndim == v_pool.ndim == 4:
+        # Two tensors: torch.compile does not take one twice.
+        k_live, v_live = (
+            pool.new_zeros(q.shape[0], 0, *pool.shape[2:]) for pool in (k_pool, v_pool)
+        )
     if k_live is None or v_live is None:
         raise ShapeError("k_live and v_live must be given both or neither")
     _check(q, k_pool, v_pool, table, k_live, v_live)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    elif not abs(scale) < math.inf:  # NaN is not less either
         raise ConfigError(f"scale must be finite, got {scale}")
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad or k_live.requires_grad or v_live.requires_grad
     )
     problem = Problem(q.device.type, q.dtype, q.shape[-1], needs_grad)
     chosen = registry.select(OP, BACKENDS, problem, backend).name
-    if needs_grad:
+    if needs_grad or _in_function_transform():
         _check_not_in_pool(k_pool, v_pool, k_live, v_live)
         out, lse = _RoutedAttention.apply(  # type: ignore[no-untyped-call]
             q, k_pool, v_pool, table.slots, k_live, v_live, scale, chosen
@@ -206,9 +210,17 @@ def _check(
         raise DtypeError(f"table is on {table.slots.device}, but q is on {q.device}")
 
 
+def _in_function_transform() -> bool:
+    """Whether torch.func (vmap, grad, jvp) is at work: the autograd function refuses these, while
+    the bare operator would lose the gradient without a word."""
+    active: bool = torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and active
+
+
 def _check_not_in_pool(k_pool: Tensor, v_pool: Tensor, k_live: Tensor, v_live: Tensor) -> None:
     """The backward pass reads the live tokens again; the pool may be rewritten before that."""
-    if torch.compiler.is_compiling() or type(k_live) not in (Tensor, torch.nn.Parameter):
+    unreal = torch.compiler.is_compiling() or type(k_live) not in (Tensor, torch.nn.Parameter)
+    if unreal or _in_function_transform():
         return  # no memory to look at
     for live_name, live in (("k_live", k_live), ("v_live", v_live)):
         for pool_name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):

@@ -1,7 +1,7 @@
 """`routed_attention` in plain PyTorch, written to be checked against the formula by eye.
 
-One row at a time, it copies the routed frames, which the kernels exist to avoid, and
-differentiates by autograd. 16-bit inputs are computed in float32, float64 in float64.
+One row at a time, it copies the routed frames, which the kernels exist to avoid. 16-bit inputs are
+computed in float32, float64 in float64. On a GPU it synchronizes once per row.
 """
 
 import torch
@@ -18,9 +18,15 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return `(out, lse)`; see `kvpo_kernels.ops.routed_attention` for the contract."""
-    wide = [_widened(t) for t in (q, k_live, v_live)]
-    out, lse = _attend(wide[0], wide[1], wide[2], k_pool, v_pool, slots, scale)
-    return out.to(q.dtype), lse
+    B, Q, H, _D = q.shape
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(B, H, Q, dtype=_widened(q).dtype)
+    for b in range(B):
+        k_KHD = _keys_of_row(k_pool, slots[b], k_live[b], H)
+        v_KHD = _keys_of_row(v_pool, slots[b], v_live[b], H)
+        weight_HQK, lse[b] = _weights(_widened(q[b]), k_KHD, scale)
+        out[b] = torch.einsum("hqk,khd->qhd", weight_HQK, v_KHD)
+    return out, lse
 
 
 def backward(
@@ -35,53 +41,42 @@ def backward(
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `(grad_q, grad_k_live, grad_v_live)`, by autograd through a second forward."""
-    with torch.enable_grad():
-        inputs = [_widened(t).detach().requires_grad_() for t in (q, k_live, v_live)]
-        again, _ = _attend(inputs[0], inputs[1], inputs[2], k_pool, v_pool, slots, scale)
-    grads = torch.autograd.grad(
-        again, inputs, grad_out.to(again.dtype), allow_unused=True, materialize_grads=True
-    )
-    grad_q, grad_k_live, grad_v_live = (g.to(q.dtype).contiguous() for g in grads)
-    return grad_q, grad_k_live, grad_v_live
+    """Return `(grad_q, grad_k_live, grad_v_live)`."""
+    B, _Q, H, D = q.shape
+    L, kv_heads = k_live.shape[1:3]
+    grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k_live, v_live))
+    for b in range(B):
+        q_QHD, grad_out_QHD = _widened(q[b]), _widened(grad_out[b])
+        k_KHD = _keys_of_row(k_pool, slots[b], k_live[b], H)
+        v_KHD = _keys_of_row(v_pool, slots[b], v_live[b], H)
+        weight_HQK, _ = _weights(q_QHD, k_KHD, scale)
+        grad_weight_HQK = torch.einsum("qhd,khd->hqk", grad_out_QHD, v_KHD)
+        mean_HQ1 = (weight_HQK * grad_weight_HQK).sum(dim=-1, keepdim=True)
+        grad_score_HQK = scale * weight_HQK * (grad_weight_HQK - mean_HQ1)  # of q . k
+
+        grad_q[b] = torch.einsum("hqk,khd->qhd", grad_score_HQK, k_KHD)
+        live = slice(k_KHD.shape[0] - L, None)  # the last keys of the row
+        grad_k_LHD = torch.einsum("hqk,qhd->khd", grad_score_HQK[..., live], q_QHD)
+        grad_v_LHD = torch.einsum("hqk,qhd->khd", weight_HQK[..., live], grad_out_QHD)
+        grad_k[b] = grad_k_LHD.reshape(L, kv_heads, H // kv_heads, D).sum(dim=2)
+        grad_v[b] = grad_v_LHD.reshape(L, kv_heads, H // kv_heads, D).sum(dim=2)
+    return grad_q, grad_k, grad_v
 
 
 def _widened(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _attend(
-    q_BQHD: Tensor,
-    k_live_BLHD: Tensor,
-    v_live_BLHD: Tensor,
-    k_FTHD: Tensor,
-    v_FTHD: Tensor,
-    slots_BR: Tensor,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    B, Q, H, _ = q_BQHD.shape
-    out_BQHD, lse_BHQ = torch.zeros_like(q_BQHD), q_BQHD.new_zeros(B, H, Q)
-    rows = [
-        _attend_row(
-            q_BQHD[b],
-            torch.cat([k_FTHD[used].flatten(0, 1).to(q_BQHD.dtype), k_live_BLHD[b]]),
-            torch.cat([v_FTHD[used].flatten(0, 1).to(q_BQHD.dtype), v_live_BLHD[b]]),
-            scale,
-        )
-        for b in range(B)
-        for used in [slots_BR[b][slots_BR[b] >= 0].long()]
-    ]
-    if rows:
-        out_BQHD, lse_BHQ = (torch.stack(parts) for parts in zip(*rows, strict=True))
-    return out_BQHD, lse_BHQ.detach()
+def _keys_of_row(pool_FTHD: Tensor, slots_R: Tensor, live_LHD: Tensor, heads: int) -> Tensor:
+    """Lay the routed frames and the live tokens of a row end to end, one head per query head."""
+    used = slots_R[slots_R >= 0].long()
+    x_KHD = _widened(torch.cat([pool_FTHD[used].flatten(0, 1), live_LHD]))
+    return x_KHD.repeat_interleave(heads // x_KHD.shape[1], dim=1)
 
 
-def _attend_row(q_QHD: Tensor, k_KHD: Tensor, v_KHD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    group = q_QHD.shape[1] // k_KHD.shape[1]  # query heads per key head
-    k_KHD, v_KHD = (t.repeat_interleave(group, dim=1) for t in (k_KHD, v_KHD))
+def _weights(q_QHD: Tensor, k_KHD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     score_HQK = torch.einsum("qhd,khd->hqk", q_QHD, k_KHD) * scale
     lse_HQ = score_HQK.logsumexp(dim=-1)
     # Without keys, or with none above -inf, lse is -inf; the weights are then 0, not exp(nan).
     finite_HQ = lse_HQ.masked_fill(lse_HQ == float("-inf"), 0.0)
-    weight_HQK = (score_HQK - finite_HQ[..., None]).exp()
-    return torch.einsum("hqk,khd->qhd", weight_HQK, v_KHD), lse_HQ
+    return (score_HQK - finite_HQ[..., None]).exp(), lse_HQ
