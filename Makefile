@@ -12,7 +12,7 @@ CXX_FILES := $(shell git ls-files '*.cpp' '*.h')
 	touch $@
 
 demo: .venv/ready
-	.venv/bin/kvpo-train demo
+	.venv/bin/kvpo-train train --config demo --out runs/demo-$$(date +%Y%m%d-%H%M%S) --figure docs/figures/demo.png
 
 test: .venv/ready
 	$(PY) -m pytest

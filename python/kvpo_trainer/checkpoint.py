@@ -1,0 +1,188 @@
+"""Checkpoints that survive what happens to disks: safetensors, a manifest, an atomic rename.
+
+A checkpoint is a folder `step-NNNNNN` with `state.safetensors` and `manifest.json` (size and sha256
+of the state, counters, configuration, versions). It is written under another name, flushed to disk
+and renamed, so that a folder of that name is complete or it was damaged later, which the checksum
+shows. Nothing is unpickled and no path is taken from a file's content.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+STATE, MANIFEST, FORMAT = "state.safetensors", "manifest.json", 1
+_MAX_HEADER = 4 << 20  # bytes; ours are a few kilobytes
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or written; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved."""
+
+    tensors: dict[str, Tensor]
+    counters: dict[str, int]
+    config: dict[str, Any]
+    path: Path
+
+
+def save_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    counters: Mapping[str, int],
+    config: Mapping[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Write `folder/step-<step_index>` and remove all but the newest `keep`.
+
+    Raises:
+        CheckpointError: no space, no permission; what was there before is untouched.
+    """
+    final = folder / f"step-{counters['step_index']:06d}"
+    temporary = folder / f"{final.name}.tmp-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        state = save({name: t.detach().contiguous() for name, t in tensors.items()})
+        free = shutil.disk_usage(folder).free
+        if free < 2 * len(state):
+            raise CheckpointError(f"{folder}: {free} bytes free, {2 * len(state)} wanted")
+        manifest = {
+            "format": FORMAT,
+            "files": {STATE: {"bytes": len(state), "sha256": hashlib.sha256(state).hexdigest()}},
+            "counters": dict(counters),
+            "config": dict(config),
+            "torch": torch.__version__,
+        }
+        temporary.mkdir()
+        _write(temporary / STATE, state)
+        _write(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _sync_folder(temporary)
+        if final.exists():  # the same step again, after a resume: the bits are the same
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(f"cannot write {final}: {error}") from error
+    for old in sorted(_complete(folder))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint folder, everything checked.
+
+    Raises:
+        CheckpointError: naming the file that is missing, truncated or changed.
+    """
+    manifest_path, state_path = path / MANIFEST, path / STATE
+    try:
+        manifest = json.loads(manifest_path.read_bytes())
+        entry = manifest["files"][STATE]
+        size, digest = int(entry["bytes"]), str(entry["sha256"])
+        counters = {str(k): int(v) for k, v in manifest["counters"].items()}
+        config = dict(manifest["config"])
+        known = manifest["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{manifest_path}: no readable manifest ({error})") from error
+    if not known:
+        raise CheckpointError(f"{manifest_path}: format {manifest['format']}, expected {FORMAT}")
+    tensors = load_tensors(state_path, size, digest)
+    return Checkpoint(tensors, counters, config, path)
+
+
+def load_tensors(
+    path: Path, size: int | None = None, sha256: str | None = None
+) -> dict[str, Tensor]:
+    """Tensors of a safetensors file.
+
+    Args:
+        size, sha256: what the file must have, if given.
+
+    Raises:
+        CheckpointError: a pickle, or a damaged or hostile file.
+    """
+    if path.suffix in _PICKLES:
+        raise CheckpointError(f"{path}: pickled checkpoints can run code; only safetensors is read")
+    try:
+        found = path.stat().st_size
+        if size is not None and found != size:
+            raise CheckpointError(f"{path}: {found} bytes, the manifest says {size}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise CheckpointError(f"{path}: sha256 differs from the manifest's: the file is damaged")
+    if len(data) < 8 or not 2 <= struct.unpack("<Q", data[:8])[0] <= min(
+        _MAX_HEADER, len(data) - 8
+    ):
+        raise CheckpointError(f"{path}: not a safetensors file (header length)")
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
+
+
+def latest_checkpoint(folder: Path, strict: bool = False) -> Checkpoint | None:
+    """The newest readable checkpoint, None if there is none at all.
+
+    Args:
+        strict: raise if the newest is damaged, instead of falling back with a loud log.
+    """
+    damaged: list[str] = []
+    for path in sorted(_complete(folder), reverse=True):
+        try:
+            return load_checkpoint(path)
+        except CheckpointError as error:
+            if strict:
+                raise
+            log.error("DAMAGED CHECKPOINT, falling back to the one before: %s", error)
+            damaged.append(str(error))
+    if damaged:
+        raise CheckpointError("no checkpoint is readable: " + "; ".join(damaged))
+    return None
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written."""
+    for path in folder.glob("step-*.tmp-*") if folder.is_dir() else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _complete(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [
+        p for p in folder.iterdir() if p.is_dir() and p.name[5:].isdigit() and p.name[:5] == "step-"
+    ]
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

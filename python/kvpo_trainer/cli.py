@@ -1,0 +1,279 @@
+"""`kvpo-train`: pretrain, train, evaluate, sample, verify."""
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from kvpo_trainer import report, session, verify
+from kvpo_trainer.checkpoint import CheckpointError, latest_checkpoint
+from kvpo_trainer.config import ConfigurationError, RunConfig, dump_yaml, load_config
+from kvpo_trainer.data import Prompt, split_prompts
+from kvpo_trainer.evaluation import Evaluation, evaluate
+from kvpo_trainer.generator import Generator
+from kvpo_trainer.pretrain import pretrain
+from kvpo_trainer.rewards import HEADS, train_reward_models
+from kvpo_trainer.update import StepResult, Trainer
+from kvpo_trainer.weights import SHIPPED, Weights, load_weights, save_weights
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    options = _parser().parse_args(arguments)
+    try:
+        config = _config(options)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        code: int = options.run(options, config)
+        return code
+    except session.Interrupted as stop:
+        print(f"{stop}; --resume goes on", file=sys.stderr)
+        return stop.exit_code
+    except (ConfigurationError, CheckpointError, session.RunError, ValueError) as error:
+        print(f"kvpo-train: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvpo-train", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument(
+            "--config",
+            help=f"a YAML file, or one of the shipped: {', '.join(_shipped_configs())}",
+        )
+        sub.add_argument(
+            "--set", action="append", default=[], metavar="key.path=value", help="override a key"
+        )
+        return sub
+
+    sub = command("pretrain", _pretrain, "train generator, reward models and judge from a seed")
+    sub.add_argument("--out", type=Path, required=True, help="folder of the weights")
+    sub = command("train", _train, "align the generator by KVPO, and report")
+    sub.add_argument("--out", type=Path, required=True, help="run folder")
+    sub.add_argument("--weights", type=Path, default=SHIPPED, help="folder of `pretrain`")
+    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    sub.add_argument("--strict-resume", action="store_true", help="refuse a damaged newest one")
+    sub.add_argument("--figure", type=Path, help="also write the README's figure there")
+    sub = command("evaluate", _evaluate, "score weights or a run on held-out prompts")
+    sub.add_argument("--weights", type=Path, default=SHIPPED)
+    sub.add_argument("--checkpoint", type=Path, help="run folder whose newest policy is scored")
+    sub = command("sample", _sample, "write a GIF for each prompt")
+    sub.add_argument("prompts", nargs="+", help='such as "a 3 moves left slowly, then turns up"')
+    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--weights", type=Path, default=SHIPPED)
+    sub.add_argument("--checkpoint", type=Path, help="run folder whose newest policy is sampled")
+    sub = command("verify", _verify, "does it learn: signed test and shuffled-advantage control")
+    sub.add_argument("--out", type=Path, default=Path("runs/verify"))
+    sub.add_argument("--seeds", type=int, default=3)
+    sub.add_argument("--processes", type=int, default=2)
+    sub.add_argument("--record", type=Path, help="also write the summary there")
+    sub = command("verify-arm", _verify_arm, "one arm of `verify`")
+    sub.add_argument("--arm", choices=verify.ARMS, required=True)
+    sub.add_argument("--seed", type=int, required=True)
+    sub.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def _shipped_configs() -> list[str]:
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def _config(options: argparse.Namespace) -> RunConfig:
+    path = None
+    if options.config is not None:
+        shipped = CONFIGS / f"{options.config}.yaml"
+        path = shipped if options.config in _shipped_configs() else Path(options.config)
+    return load_config(path, options.set)
+
+
+def _pretrain(options: argparse.Namespace, config: RunConfig) -> int:
+    print("reward models and judge")
+    reward_model, judge = train_reward_models(config.data, config.seed)
+    bar = tqdm(total=config.pretrain.steps, desc="generator", unit="step")
+
+    def show(step: int, metrics: dict[str, float], average: Generator) -> None:
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+        bar.update()
+
+    generator = pretrain(config.generator, config.data, config.pretrain, config.seed, show)
+    bar.close()
+    save_weights(options.out, generator, reward_model, judge, config)
+    print(f"weights in {options.out}")
+    return 0
+
+
+def _train(options: argparse.Namespace, config: RunConfig) -> int:
+    started = time.perf_counter()
+    weights = load_weights(options.weights)
+    config = replace(config, data=weights.config.data, generator=weights.config.generator)
+    train, held_out = split_prompts()
+    prompts = held_out[: config.train.evaluation_prompts]
+    out: Path = options.out
+    with session.run_folder(out, config):
+        trainer = Trainer(weights.generator, weights.reward_model, train, config.kvpo, config.seed)
+        before = _evaluation(trainer.initial, weights, config, prompts, "before")
+        checkpoints = out / "checkpoints"
+        if options.resume or options.strict_resume:
+            if not session.resume(trainer, out, options.strict_resume):
+                print("nothing to resume: starting anew")
+        elif any(checkpoints.glob("step-*")):
+            raise session.RunError(f"{out} holds a run: pass --resume, or another --out")
+        else:
+            (out / "metrics.jsonl").unlink(missing_ok=True)
+        bar = tqdm(
+            total=config.train.iterations, initial=trainer.step_index, desc="KVPO", unit="rollout"
+        )
+        last: list[StepResult] = []
+
+        def show(result: StepResult) -> None:
+            m = result.metrics
+            bar.set_postfix(
+                {head: f"{m[f'{head}_branches']:.3f}" for head in HEADS}
+                | {"reward": f"{m['reward_branches']:.3f}"}
+            )
+            bar.update()
+            last[:] = [result]
+
+        session.train_loop(trainer, out, config, show)
+        bar.close()
+        after = _evaluation(trainer.policy, weights, config, prompts, "after")
+        _write_report(options, config, trainer, before, after, prompts, last, started)
+    return 0
+
+
+def _write_report(
+    options: argparse.Namespace,
+    config: RunConfig,
+    trainer: Trainer,
+    before: Evaluation,
+    after: Evaluation,
+    prompts: Sequence[Prompt],
+    last: Sequence[StepResult],
+    started: float,
+) -> None:
+    out: Path = options.out
+    rows = report.comparison(before, after)
+    print(f"\nheld-out prompts, {trainer.step_index} rollouts, paired change with 95 % interval")
+    for name, was, now, change, half in rows:
+        word = report.verdict(change, half)
+        print(f"  {name:13}{was:7.3f} ->{now:7.3f}   {change:+.4f} ± {half:.4f}   {word}")
+    print("  a change is not yet learning: `kvpo-train verify` runs the controls")
+    keys = ("measure", "before", "after", "change", "half_width_95")
+    record = [dict(zip(keys, row, strict=True)) for row in rows]
+    (out / "evaluation.json").write_text(json.dumps(record, indent=1))
+    metrics = session.read_metrics(out / "metrics.jsonl")
+    facts = {
+        "rollouts": str(trainer.step_index),
+        "prompts per rollout": str(config.kvpo.prompts_per_step),
+        "branches": str(config.kvpo.routing.num_branches),
+        "seed": str(config.seed),
+        "torch": torch.__version__,
+        "minutes": f"{(time.perf_counter() - started) / 60:.1f}",
+    }
+    page = report.render(
+        "KVPO run",
+        dump_yaml(config),
+        facts,
+        metrics,
+        before,
+        after,
+        prompts,
+        last[0] if last else None,
+    )
+    (out / "report.html").write_text(page, encoding="utf-8")
+    print(f"report: {(out / 'report.html').resolve()}")
+    if options.figure is not None and metrics:
+        options.figure.parent.mkdir(parents=True, exist_ok=True)
+        report.readme_figure(metrics, before, after).savefig(options.figure, dpi=130)
+
+
+def _evaluation(
+    generator: Generator,
+    weights: Weights,
+    config: RunConfig,
+    prompts: Sequence[Prompt],
+    name: str,
+) -> Evaluation:
+    print(f"evaluating {len(prompts)} held-out prompts ({name})", flush=True)
+    return evaluate(
+        generator,
+        weights.reward_model,
+        weights.judge,
+        config.kvpo.rewards,
+        prompts,
+        config.train.evaluation_seed,
+    )
+
+
+def _policy(options: argparse.Namespace) -> Weights:
+    """Weights, with the newest policy of a run in place of the generator where one is named."""
+    weights = load_weights(options.weights)
+    if options.checkpoint is not None:
+        checkpoint = latest_checkpoint(options.checkpoint / "checkpoints")
+        if checkpoint is None:
+            raise CheckpointError(f"{options.checkpoint}: no checkpoint")
+        own = {k[7:]: v for k, v in checkpoint.tensors.items() if k.startswith("policy/")}
+        try:
+            weights.generator.load_state_dict(own)
+        except RuntimeError as error:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    return weights
+
+
+def _evaluate(options: argparse.Namespace, config: RunConfig) -> int:
+    weights = _policy(options)
+    prompts = split_prompts()[1][: config.train.evaluation_prompts]
+    result = _evaluation(weights.generator, weights, config, prompts, "now")
+    for name, values in result.scores.items():
+        half = 1.96 * float(values.std()) / len(prompts) ** 0.5
+        print(f"  {name:13}{float(values.mean()):.3f} ± {half:.3f}")
+    return 0
+
+
+def _sample(options: argparse.Namespace, config: RunConfig) -> int:
+    prompts = [Prompt.parse(text) for text in options.prompts]
+    weights = _policy(options)
+    result = _evaluation(weights.generator, weights, config, prompts, "sampling")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for i, prompt in enumerate(prompts):
+        path = options.out / f"{i:02d}-{prompt.text.replace(',', '').replace(' ', '-')}.gif"
+        path.write_bytes(report.gif(result.videos[i]))
+        print(path)
+    return 0
+
+
+def _verify(options: argparse.Namespace, config: RunConfig) -> int:
+    started = time.perf_counter()
+    seeds = list(range(config.seed + 1, config.seed + 1 + options.seeds))
+    passed_on = ["--config", options.config] if options.config else []
+    passed_on += [word for override in options.set for word in ("--set", override)]
+    command = verify.arm_command(passed_on)
+    results = verify.run_all(command, seeds, options.out, options.processes)
+    summary = verify.summarise(results, seeds, config)
+    summary["minutes"] = round((time.perf_counter() - started) / 60, 1)
+    text = json.dumps(summary, indent=1)
+    for path in (options.out / "summary.json", options.record):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n")
+    print(verify.table(summary))
+    return 0 if summary["passed"] else 1
+
+
+def _verify_arm(options: argparse.Namespace, config: RunConfig) -> int:
+    verify.run_arm(config, options.arm, options.seed, options.out)
+    return 0

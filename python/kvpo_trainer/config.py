@@ -1,0 +1,175 @@
+"""A run's configuration: frozen dataclasses, read strictly from YAML.
+
+Unknown keys, wrong types and values out of range are errors that name the full path of the key. The
+file is data only: `yaml.safe_load`, no interpolation, no object construction.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from kvpo_trainer.data import DataConfig
+from kvpo_trainer.generator import GeneratorConfig
+from kvpo_trainer.pretrain import PretrainConfig
+from kvpo_trainer.update import KvpoConfig
+
+T = TypeVar("T")
+
+
+class ConfigurationError(ValueError):
+    """The configuration cannot be meant; the message names the key."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and surroundings of a training run."""
+
+    iterations: int = 60
+    minutes: float = 0.0
+    """Stop after this much training time, if more than 0."""
+    evaluation_prompts: int = 40
+    """Held-out prompts, before and after."""
+    evaluation_seed: int = 12345
+    save_every: int = 10
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        _at_least(self, iterations=0, evaluation_prompts=2, save_every=1, keep_checkpoints=1)
+        if not self.minutes >= 0:
+            raise ConfigurationError(f"minutes must be at least 0, got {self.minutes}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run depends on."""
+
+    seed: int = 0
+    threads: int = 0
+    """Of torch; 0 leaves its choice."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    kvpo: KvpoConfig = field(default_factory=KvpoConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a YAML file, with `a.b=value` overrides on top.
+
+    Raises:
+        ConfigurationError: naming file or key, value and what is allowed.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"cannot read {path}: {error}") from error
+        values = _parse(text, str(path))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigurationError(f"override {override!r} is not of the form key.path=value")
+        *parents, leaf = key.split(".")
+        at = values
+        for parent in parents:
+            below = at.setdefault(parent, {})
+            if not isinstance(below, dict):
+                raise ConfigurationError(f"{key}: {parent} is a value, not a section")
+            at = below
+        at[leaf] = _parse(value, override, mapping=False)
+    return from_mapping(RunConfig, values)
+
+
+def from_mapping(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """A dataclass from plain values, every key and type checked."""
+    hints = typing.get_type_hints(kind)
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            raise ConfigurationError(
+                f"unknown key {where}{hint}; allowed: {', '.join(sorted(hints))}"
+            )
+        arguments[key] = _convert(hints[key], value, where)
+    try:
+        return kind(**arguments)
+    except ValueError as error:
+        raise ConfigurationError(f"{path or 'configuration'}: {error}") from error
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """Plain values that `from_mapping` reads back."""
+    values: dict[str, Any] = dataclasses.asdict(config)
+    return typing.cast(dict[str, Any], _plain(values))
+
+
+def dump_yaml(config: Any) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False)
+
+
+def _parse(text: str, source: str, mapping: bool = True) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{source}: not plain YAML: {error}") from error
+    if mapping:
+        value = {} if value is None else value
+        if not isinstance(value, dict):
+            raise ConfigurationError(f"{source}: must hold keys and values")
+    return value
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise ConfigurationError(f"{where} is a section, got {value!r}")
+        return from_mapping(kind, value, where)
+    if origin is typing.Literal:
+        allowed = typing.get_args(kind)
+        if value not in allowed:
+            raise ConfigurationError(f"{where} must be one of {allowed}, got {value!r}")
+        return value
+    if origin in (tuple, types.GenericAlias):
+        items = typing.get_args(kind)
+        if not isinstance(value, list) or len(value) != len(items):
+            raise ConfigurationError(f"{where} must be a list of {len(items)}, got {value!r}")
+        pairs = zip(items, value, strict=True)
+        return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(pairs))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigurationError(
+            f"{where} must be {kind.__name__}, got {value!r} ({type(value).__name__})"
+        )
+    if kind is float and value != value:
+        raise ConfigurationError(f"{where} is not a number")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _at_least(config: Any, **limits: int) -> None:
+    for name, limit in limits.items():
+        if getattr(config, name) < limit:
+            raise ConfigurationError(
+                f"{name} must be at least {limit}, got {getattr(config, name)}"
+            )

@@ -1,0 +1,217 @@
+"""A run folder and the loop that fills it: lock, metrics, checkpoints, signals.
+
+<out>/config.yaml  metrics.jsonl  evaluation.json  checkpoints/  report.html
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from kvpo_trainer.checkpoint import (
+    CheckpointError,
+    latest_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
+from kvpo_trainer.config import RunConfig, dump_yaml, to_mapping
+from kvpo_trainer.update import StepResult, Trainer
+
+log = logging.getLogger(__name__)
+_MAX_TEXT = 2000  # characters of one metric
+_SAVE_FAILURES = 3  # in a row, until the run gives up
+
+
+class RunError(RuntimeError):
+    """The run cannot start or go on."""
+
+
+class Interrupted(Exception):
+    """A signal asked to stop; the state has been saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by signal {number}")
+        self.exit_code = 128 + number
+
+
+@contextlib.contextmanager
+def run_folder(out: Path, config: RunConfig) -> Iterator[Path]:
+    """Make and lock a run's folder, and record the resolved configuration.
+
+    Raises:
+        RunError: the folder cannot be written, or another live process has it.
+    """
+    lock = out / "lock"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _take_lock(lock)
+        (out / "config.yaml").write_text(dump_yaml(config))
+        remove_leftovers(out / "checkpoints")
+    except OSError as error:
+        raise RunError(f"cannot write to {out}: {error}") from error
+    try:
+        yield out
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
+    """Append one JSON line: always parseable, numbers that are not finite as strings."""
+    line = json.dumps({str(k): _plain(v) for k, v in metrics.items()}, allow_nan=False)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All lines that are whole; a line that a kill cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def train_loop(
+    trainer: Trainer,
+    out: Path,
+    config: RunConfig,
+    on_step: Callable[[StepResult], None],
+) -> int:
+    """Steps until the iterations or minutes are over; returns how many were done here.
+
+    SIGTERM and SIGINT let the step finish, save and raise `Interrupted`; a second one ends the
+    process at once.
+
+    Raises:
+        Interrupted: after a signal.
+        RunError: several saves in a row failed.
+    """
+    started, done, failures = time.perf_counter(), 0, 0
+    limit = config.train.minutes * 60 or math.inf
+    longest = 0.0
+    with _signals() as stop:
+        while trainer.step_index < config.train.iterations:
+            before = time.perf_counter()
+            if before - started + longest > limit:
+                break
+            result = trainer.step()
+            longest = max(longest, time.perf_counter() - before)
+            done += 1
+            write_metrics(out / "metrics.jsonl", result.metrics)
+            on_step(result)
+            if stop or trainer.step_index % config.train.save_every == 0:
+                failures = 0 if _save(trainer, out, config) else failures + 1
+            if stop:
+                raise Interrupted(stop[0])
+            if failures >= _SAVE_FAILURES:
+                raise RunError(f"{failures} checkpoints in a row could not be written; see the log")
+    if done and not _save(trainer, out, config):
+        raise RunError("the last checkpoint could not be written; see the log")
+    return done
+
+
+def resume(trainer: Trainer, out: Path, strict: bool) -> bool:
+    """Take up the newest checkpoint of a folder; False if there is none.
+
+    Metrics after that checkpoint are dropped: they will come again.
+    """
+    checkpoint = latest_checkpoint(out / "checkpoints", strict)
+    if checkpoint is None:
+        return False
+    trainer.restore(checkpoint.tensors, checkpoint.counters)
+    path = out / "metrics.jsonl"
+    rows = [row for row in read_metrics(path) if row.get("step", 0) <= trainer.step_index]
+    path.unlink(missing_ok=True)
+    for row in rows:
+        write_metrics(path, row)
+    return True
+
+
+def _save(trainer: Trainer, out: Path, config: RunConfig) -> bool:
+    try:
+        save_checkpoint(
+            out / "checkpoints",
+            trainer.tensors(),
+            trainer.counters(),
+            to_mapping(config),
+            config.train.keep_checkpoints,
+        )
+    except CheckpointError as error:
+        log.error("checkpoint not saved, training goes on: %s", error)
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that the first SIGTERM or SIGINT puts its number into."""
+    received: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        for which in before:
+            signal.signal(which, signal.SIG_DFL)  # the next one ends the process
+
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        for which in (signal.SIGTERM, signal.SIGINT):
+            before[which] = signal.signal(which, note)
+    try:
+        yield received
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
+def _take_lock(lock: Path) -> None:
+    own = {"pid": os.getpid(), "host": socket.gethostname()}
+    for _ in range(2):
+        try:
+            descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            holder = _holder(lock)
+            if holder is not None and (holder["host"] != own["host"] or _alive(holder["pid"])):
+                raise RunError(
+                    f"{lock.parent} is in use by process {holder['pid']} on {holder['host']};"
+                    f" if that is gone, remove {lock}"
+                ) from None
+            lock.unlink(missing_ok=True)  # its process is gone
+            continue
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(own, file)
+        return
+    raise RunError(f"cannot take {lock}")
+
+
+def _holder(lock: Path) -> dict[str, Any] | None:
+    try:
+        holder = json.loads(lock.read_text())
+        return {"pid": int(holder["pid"]), "host": str(holder["host"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, str):
+        return value[:_MAX_TEXT]
+    return value

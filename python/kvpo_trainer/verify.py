@@ -1,0 +1,199 @@
+"""Does KVPO learn? The signed test and the shuffled-advantage control.
+
+Per training seed three arms start from the shipped weights: towards +reward, towards -reward, and
+towards +reward with advantages shuffled within each prompt. All are evaluated on the same held-out
+prompts and noise. The *signed gap* is the mean reward of the first arm minus that of the second:
+drift that has nothing to do with the reward cancels. The control shows how much of the first arm's
+change is drift.
+"""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvpo_trainer.config import RunConfig, to_mapping
+from kvpo_trainer.data import split_prompts
+from kvpo_trainer.evaluation import Evaluation, evaluate
+from kvpo_trainer.update import Trainer
+from kvpo_trainer.weights import load_weights
+
+ARMS = ("plus", "minus", "shuffled")
+REQUIRED_ERRORS = 4.0  # standard errors over the training seeds
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A difference between two arms, per training seed."""
+
+    per_seed: list[float]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.per_seed)
+
+    @property
+    def error(self) -> float:
+        """Standard error over the seeds; NaN for one seed."""
+        n = len(self.per_seed)
+        return statistics.stdev(self.per_seed) / math.sqrt(n) if n > 1 else math.nan
+
+    @property
+    def errors(self) -> float:
+        """The mean in standard errors."""
+        return self.mean / self.error if self.error > 0 else math.nan
+
+
+def run_arm(config: RunConfig, arm: str, seed: int, out: Path, noises: int = 2) -> None:
+    """Train one arm and write its per-prompt scores to `out`."""
+    from dataclasses import replace
+
+    torch.set_num_threads(1)  # two arms run side by side
+    weights = load_weights()
+    train, held_out = split_prompts()
+    prompts = held_out[: config.train.evaluation_prompts] * noises
+    kvpo = replace(
+        config.kvpo,
+        reward_sign=-1 if arm == "minus" else 1,
+        shuffle_advantages=arm == "shuffled",
+    )
+    started = time.perf_counter()
+    trainer = Trainer(weights.generator, weights.reward_model, train, kvpo, seed)
+    history = [trainer.step().metrics for _ in range(config.train.iterations)]
+    trained = time.perf_counter() - started
+
+    def scores(evaluation: Evaluation) -> dict[str, list[float]]:
+        return {k: [round(x, 6) for x in v.tolist()] for k, v in evaluation.scores.items()}
+
+    result = evaluate(
+        weights.generator,
+        weights.reward_model,
+        weights.judge,
+        config.kvpo.rewards,
+        prompts,
+        config.train.evaluation_seed,
+    )
+    record = {
+        "arm": arm,
+        "seed": seed,
+        "scores": scores(result),
+        "train_seconds": round(trained, 1),
+        "evaluation_seconds": round(time.perf_counter() - started - trained, 1),
+        "history": [{k: round(v, 7) for k, v in row.items()} for row in history],
+    }
+    temporary = out.with_suffix(f".tmp{os.getpid()}")
+    temporary.write_text(json.dumps(record))
+    temporary.replace(out)
+
+
+def run_all(
+    command: Callable[[str, int, Path], Sequence[str]],
+    seeds: Sequence[int],
+    folder: Path,
+    processes: int = 2,
+) -> dict[tuple[str, int], dict[str, Any]]:
+    """Run every arm that has no result in `folder` yet, so many at a time.
+
+    Args:
+        command: makes the command line of an arm.
+
+    Raises:
+        RuntimeError: an arm failed; its output is in the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(arm, seed) for seed in seeds for arm in ARMS]
+    waiting = [job for job in jobs if not _result(folder, *job).exists()]
+    running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                arm, seed = waiting.pop(0)
+                with (folder / f"{arm}-{seed}.log").open("wb") as file:
+                    running[arm, seed] = subprocess.Popen(
+                        list(command(arm, seed, _result(folder, arm, seed))),
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        env=environment,
+                    )
+            time.sleep(0.5)
+            for job, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[job]
+                name = f"{job[0]}-{job[1]}"
+                if process.returncode:
+                    raise RuntimeError(f"arm {name} failed, see {folder / name}.log")
+                print(f"{name} done, {len(waiting) + len(running)} to go", flush=True)
+    finally:
+        for process in running.values():
+            process.kill()
+    return {job: json.loads(_result(folder, *job).read_text()) for job in jobs}
+
+
+def summarise(
+    results: dict[tuple[str, int], dict[str, Any]], seeds: Sequence[int], config: RunConfig
+) -> dict[str, Any]:
+    """The gaps of every measure, and whether the signed test holds."""
+    measures = list(results["plus", seeds[0]]["scores"])
+
+    def gap(first: str, second: str, measure: str) -> Gap:
+        means = lambda arm, seed: statistics.fmean(results[arm, seed]["scores"][measure])
+        return Gap([means(first, seed) - means(second, seed) for seed in seeds])
+
+    def row(g: Gap) -> dict[str, Any]:
+        return {"per_seed": g.per_seed, "mean": g.mean, "error": g.error, "errors": g.errors}
+
+    signed = {m: row(gap("plus", "minus", m)) for m in measures}
+    control = {m: row(gap("plus", "shuffled", m)) for m in measures}
+    return {
+        "test": "signed: reward of +reward training minus reward of -reward training",
+        "required_errors": REQUIRED_ERRORS,
+        "passed": signed["reward"]["errors"] > REQUIRED_ERRORS,
+        "signed": signed,
+        "plus_minus_shuffled": control,
+        "seeds": list(seeds),
+        "iterations": config.train.iterations,
+        "config": to_mapping(config),
+        "torch": torch.__version__,
+        "arms": {f"{arm}-{seed}": result for (arm, seed), result in results.items()},
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The gaps as text."""
+    lines = [f"{'':14}{'+reward - (-reward)':>26}{'real - shuffled':>26}"]
+    for measure, signed in summary["signed"].items():
+        cells = [
+            f"{g['mean']:+.4f} ± {g['error']:.4f} ({g['errors']:.1f})"
+            for g in (signed, summary["plus_minus_shuffled"][measure])
+        ]
+        lines.append(f"{measure:14}{cells[0]:>26}{cells[1]:>26}")
+    lines.append("mean ± standard error over the training seeds (in standard errors)")
+    word = "holds" if summary["passed"] else "does NOT hold"
+    lines.append(f"signed test (> {REQUIRED_ERRORS:g} standard errors): {word}")
+    return "\n".join(lines)
+
+
+def arm_command(arguments: Sequence[str]) -> Callable[[str, int, Path], Sequence[str]]:
+    """Command lines that run an arm in a process of its own, with these options."""
+
+    def command(arm: str, seed: int, out: Path) -> Sequence[str]:
+        own = ["verify-arm", "--arm", arm, "--seed", str(seed), "--out", str(out)]
+        return [sys.executable, "-m", "kvpo_trainer", *own, *arguments]
+
+    return command
+
+
+def _result(folder: Path, arm: str, seed: int) -> Path:
+    return folder / f"{arm}-{seed}.json"
