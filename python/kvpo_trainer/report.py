@@ -119,7 +119,7 @@ def readme_figure(
 def comparison(
     before: Evaluation, after: Evaluation
 ) -> list[tuple[str, float, float, float, float]]:
-    """Per measure: name, mean before, mean after, mean paired change, half width of its interval."""
+    """Per measure: its name, means before and after, mean paired change, half width."""
     rows = []
     for name in NAMES:
         change = paired_difference(after.scores[name], before.scores[name])
