@@ -1,0 +1,112 @@
+import pytest
+import torch
+from kvpo_trainer.data import all_prompts, patchify, tokenize
+from kvpo_trainer.generator import Generator
+from kvpo_trainer.rollout import EXPLORATION, Rollout, chunk_bounds, replay, roll_out
+from kvpo_trainer.sampling import draw_noise, sample_videos
+
+from kvpo_kernels import HistoryRouting
+
+PROMPTS = all_prompts()[3::70]
+ROUTING = HistoryRouting(num_branches=4)
+
+
+def rollout_of(generator: Generator, **options: object) -> Rollout:
+    arguments = {"seed": 0, "seed_context": 5, "rng": torch.Generator().manual_seed(7)}
+    return roll_out(generator, PROMPTS, ROUTING, **(arguments | options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("frame", "bounds"), [(0, (0, 21)), (21, (21, 39)), (56, (39, 57))])
+def test_chunks(frame: int, bounds: tuple[int, int]) -> None:
+    assert chunk_bounds(ROUTING, frame, 57) == bounds
+
+
+@torch.no_grad()
+def test_anchor_is_the_plain_sample_and_branches_leave_it_at_the_fork(generator: Generator) -> None:
+    rollout = rollout_of(generator, whole_video=True)
+    noise = draw_noise(len(PROMPTS), 19, generator, torch.Generator().manual_seed(7))
+    plain = sample_videos(generator, generator.encode_text(tokenize(PROMPTS)), noise)
+    assert rollout.videos is not None
+    tokens = patchify(rollout.videos, generator.data)
+    # As in test_sampling: the batch size sets the rounding.
+    torch.testing.assert_close(tokens[:, -1], plain.flatten(1, 2), rtol=1e-3, atol=1e-3)
+    away = (rollout.videos[:, :-1] - rollout.videos[:, -1:]).abs().amax((-2, -1)) > 0
+    assert not away[..., : rollout.start_frame].any()
+    assert away[..., rollout.start_frame :].all()
+
+
+def test_rollout_records_every_block_from_the_fork_to_the_chunks_end(generator: Generator) -> None:
+    rollout = rollout_of(generator)
+    first, end = chunk_bounds(ROUTING, rollout.start_frame, 57)
+    blocks = (end - rollout.start_frame) // 3
+    rows = len(PROMPTS) * ROUTING.num_branches
+    shape = (rows, blocks, 4, generator.block_tokens, generator.data.patch_values)
+    assert rollout.noisy.shape == rollout.x0.shape == shape
+    assert rollout.context_noise.shape == (rows, blocks, *shape[3:])
+    canvas = generator.data.canvas
+    assert rollout.chunk.shape == (len(PROMPTS), 5, end - first, canvas, canvas)
+    assert rollout.videos is None
+    last = patchify(rollout.chunk[:, :-1], generator.data)[..., -generator.block_tokens :, :]
+    assert torch.equal(last.flatten(0, 1), rollout.x0[:, -1, -1])
+    # All branches of a prompt start from the same noise.
+    first_inputs = rollout.noisy[:, 0, 0].unflatten(0, (len(PROMPTS), -1))
+    assert torch.equal(first_inputs, first_inputs[:, :1].expand_as(first_inputs))
+
+
+def test_a_branch_that_is_routed_as_another_is_the_other(generator: Generator) -> None:
+    """With one candidate per place all branches read the same frames: bit-equal in the batch."""
+    routing = HistoryRouting(num_branches=3, window_frames=7, nearest_frames=4)  # no routed frames
+    rollout = roll_out(
+        generator, PROMPTS, routing, seed=0, seed_context=0, rng=torch.Generator().manual_seed(1)
+    )
+    branches = rollout.chunk[:, :-1]
+    assert torch.equal(branches, branches[:, :1].expand_as(branches))
+    assert not torch.equal(branches[:, 0], rollout.chunk[:, -1])
+
+
+def test_replay_of_the_same_weights_scores_the_same(generator: Generator) -> None:
+    rollout = rollout_of(generator)
+    one, two = (replay(generator, rollout, 1.0).energies.energies for _ in range(2))
+    assert torch.equal(one, two)
+    assert (one > 0).all()
+
+
+def test_replay_in_the_branches_own_context_finds_nothing_to_say(generator: Generator) -> None:
+    """Where a branch's context is the normal one, the replay predicts what it recorded."""
+    rollout = rollout_of(generator)
+    again = roll_out(
+        generator,
+        PROMPTS,
+        HistoryRouting(num_branches=4, nearest_frames=9),  # the window's frames, nothing routed
+        seed=0,
+        seed_context=5,
+        rng=torch.Generator().manual_seed(7),
+    )
+    exact = replay(generator, again, 1.0).energies.energies
+    # Different row counts in rollout and replay: rounding only, far below a routed branch's.
+    assert exact.amax() < 1e-6 * replay(generator, rollout, 1.0).energies.energies.amin()
+
+
+def test_rollout_leaves_the_pool_to_the_prefixes(generator: Generator) -> None:
+    rollout = rollout_of(generator)
+    stats = rollout.pool.stats()
+    assert stats.timeline_slots == len(PROMPTS) * rollout.start_frame
+    assert stats.table_slots == 0
+    replayed = replay(generator, rollout, 1.0)
+    assert rollout.pool.stats().table_slots > 0
+    del replayed
+    assert rollout.pool.stats().free_slots == stats.free_slots
+
+
+@pytest.mark.parametrize("name", EXPLORATION)
+def test_every_named_exploration_rolls_out(generator: Generator, name: str) -> None:
+    rollout = roll_out(
+        generator,
+        PROMPTS[:1],
+        EXPLORATION[name],
+        seed=0,
+        seed_context=0,
+        rng=torch.Generator().manual_seed(1),
+    )
+    assert rollout.chunk.shape[1] == 9
+    assert not torch.equal(rollout.chunk[:, 0], rollout.chunk[:, -1])

@@ -1,0 +1,168 @@
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from kvpo_trainer.data import all_prompts, tokenize
+from kvpo_trainer.generator import Generator
+from kvpo_trainer.rewards import RewardModel
+from kvpo_trainer.rollout import Rollout, accumulate_gradient, replay, roll_out
+from kvpo_trainer.sampling import SIGMAS
+from kvpo_trainer.update import KvpoConfig, Trainer
+
+from kvpo_kernels import HistoryRouting, branch_policy_loss
+
+CONFIG = KvpoConfig(prompts_per_step=2, learning_rate=1e-3, routing=HistoryRouting(num_branches=3))
+PROMPTS = all_prompts()[::9]
+
+
+@pytest.fixture
+def reward_model() -> RewardModel:
+    torch.manual_seed(1)
+    return RewardModel()
+
+
+def trainer_of(
+    generator: Generator, reward_model: RewardModel, config: KvpoConfig = CONFIG, seed: int = 0
+) -> Trainer:
+    return Trainer(copy.deepcopy(generator), reward_model, PROMPTS, config, seed)
+
+
+def test_the_ratio_is_one_right_after_a_sync_and_not_later(
+    generator: Generator, reward_model: RewardModel
+) -> None:
+    trainer = trainer_of(generator, reward_model)
+    deviations = [trainer.step().metrics["ratio_deviation"] for _ in range(4)]
+    assert deviations[0] == deviations[2] == 0.0
+    assert deviations[1] > 0 and deviations[3] > 0
+
+
+def one_graph_scores(policy: Generator, rollout: Rollout, steps: int) -> torch.Tensor:
+    """The scores as one differentiable expression, in the contexts of a replay."""
+    contexts = replay(policy, rollout, 1.0).tables
+    G = rollout.noisy.shape[0] // len(rollout.prompts)
+    text = policy.encode_text(tokenize(rollout.prompts)).repeat_interleave(G, dim=0)
+    score = torch.zeros(rollout.noisy.shape[0])
+    for k, table in enumerate(contexts):
+        first = rollout.start_frame + 3 * k
+        for s, sigma in enumerate(SIGMAS):
+            x = rollout.noisy[:, k, s]
+            with torch.set_grad_enabled(s < steps):
+                x0 = x - sigma * policy.stream(x, sigma, text, first, rollout.pool, table)
+                residual = (x0 - rollout.x0[:, k, s]).square().mean((-2, -1))
+            score = score - 0.5 * residual
+    return score
+
+
+def test_two_passes_give_the_gradient_of_one_graph(generator: Generator) -> None:
+    rollout = roll_out(
+        generator,
+        PROMPTS[:1],
+        CONFIG.routing,
+        seed=0,
+        seed_context=0,
+        rng=torch.Generator().manual_seed(1),
+    )
+    policy = copy.deepcopy(generator)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(torch.randn(p.shape) * 0.02)  # away from the old policy: the ratio is not 1
+    advantages = torch.tensor([1.5, -0.5, -2.0])
+    with torch.no_grad():
+        old = one_graph_scores(generator, rollout, 0)
+
+    scores = one_graph_scores(policy, rollout, 2)
+    branch_policy_loss(scores, old, advantages).loss.backward()
+    expected = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
+    policy.zero_grad()
+
+    first_pass = replay(policy, rollout, 1.0)
+    torch.testing.assert_close(-first_pass.energies.energies, scores.detach(), rtol=1e-6, atol=0)
+    loss = branch_policy_loss(-first_pass.energies.energies, old, advantages)
+    accumulate_gradient(
+        policy, rollout, first_pass, loss.score_grad, gradient_steps=2, sigma_floor=1.0
+    )
+    got = [p.grad for p in policy.parameters() if p.grad is not None]
+    assert len(got) == len(expected) > 20
+    scale = max(float(e.abs().max()) for e in expected)
+    for g, e in zip(got, expected, strict=True):
+        # Float32: the sums over block-steps run in another order.
+        torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_training_goes_on_bit_for_bit_from_a_state(
+    generator: Generator, reward_model: RewardModel
+) -> None:
+    straight = trainer_of(generator, reward_model)
+    straight.step()  # in the middle of a window: old and policy differ
+    tensors = {name: value.clone() for name, value in straight.tensors().items()}
+    counters = straight.counters()
+    torch.manual_seed(99)
+    other = copy.deepcopy(generator)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.zero_()
+    resumed = trainer_of(other, reward_model)
+    resumed.restore(tensors, counters)
+    after = [t.step().metrics for t in (straight, resumed)]
+    assert {k: v for k, v in after[0].items() if "seconds" not in k} == {
+        k: v for k, v in after[1].items() if "seconds" not in k
+    }
+    for name, value in straight.tensors().items():
+        assert torch.equal(value, resumed.tensors()[name]), name
+
+
+def test_a_state_that_does_not_fit_is_refused(
+    generator: Generator, reward_model: RewardModel
+) -> None:
+    trainer = trainer_of(generator, reward_model)
+    tensors, counters = trainer.tensors(), trainer.counters()
+    with pytest.raises(ValueError, match="seed 1, not 0"):
+        trainer.restore(tensors, counters | {"seed": 1})
+    with pytest.raises(ValueError, match="policy/position"):
+        trainer.restore({k: v for k, v in tensors.items() if k != "policy/position"}, counters)
+
+
+def test_sign_and_shuffle_touch_the_advantages_only(
+    generator: Generator, reward_model: RewardModel
+) -> None:
+    plain = trainer_of(generator, reward_model).step()
+    negated = trainer_of(generator, reward_model, replace(CONFIG, reward_sign=-1)).step()
+    mixed = trainer_of(generator, reward_model, replace(CONFIG, shuffle_advantages=True)).step()
+    assert torch.equal(plain.rewards, negated.rewards) and torch.equal(plain.rewards, mixed.rewards)
+    torch.testing.assert_close(negated.advantages, -plain.advantages)
+    assert torch.equal(mixed.advantages.sort(1).values, plain.advantages.sort(1).values)
+
+
+def test_branches_above_their_anchor_have_positive_advantages(
+    generator: Generator, reward_model: RewardModel
+) -> None:
+    result = trainer_of(generator, reward_model).step()
+    weights = torch.tensor(CONFIG.rewards.weights)
+    totals = torch.einsum("c,cna->na", weights, result.rewards)
+    assert result.advantages.shape == (2, 3)
+    assert result.metrics["reward_branches"] == pytest.approx(float(totals[:, :-1].mean()))
+    assert result.metrics["reward_anchor"] == pytest.approx(float(totals[:, -1].mean()))
+    one_head = replace(CONFIG, rewards=replace(CONFIG.rewards, vq=1.0, mq=0.0, ta=0.0))
+    result = trainer_of(generator, reward_model, one_head).step()
+    above = result.rewards[0, :, :-1] > result.rewards[0, :, -1:]
+    assert torch.equal(result.advantages > 0, above)
+
+
+def test_only_the_policy_and_its_average_move(
+    generator: Generator, reward_model: RewardModel
+) -> None:
+    trainer = trainer_of(generator, reward_model)
+    trainer.step()
+    start = dict(generator.named_parameters())
+    moved = {
+        owner: any(
+            not torch.equal(p, start[name])
+            for name, p in getattr(trainer, owner).named_parameters()
+        )
+        for owner in ("policy", "ema", "old", "initial")
+    }
+    assert moved == {"policy": True, "ema": True, "old": False, "initial": False}
+    trainer.step()
+    for a, b in zip(trainer.old.parameters(), trainer.policy.parameters(), strict=True):
+        assert torch.equal(a, b)  # the second step ends the window
