@@ -47,7 +47,7 @@ class DataConfig:
     """Writers per digit that the generator sees; the others train the reward models."""
     speed_match: float = 0.65
     """Share of the speed segments in which the prompt's word holds."""
-    segment_blocks: tuple[int, int] = (2, 4)
+    segment_blocks: tuple[int, int] = (3, 5)
     """Shortest and longest speed segment, in blocks."""
     turn_blocks: tuple[int, int] = (7, 12)
     """First and last block that the turn may come with."""
