@@ -5,25 +5,23 @@ Run: `python benchmarks/bench_routed_attention.py [--quick] [--threads N]`.
 The baselines copy the routed frames and call scaled_dot_product_attention: per row, or gathered
 for all rows at once, or the latter under torch.compile. The best of them is the baseline of a
 record. All get gradients for q and the live tokens only. The machine's peak is measured in turns
-with the candidates, and all run in a process where malloc neither maps nor returns memory
-(`ALLOCATOR`), as a training step reuses its memory; page faults would otherwise flatter us.
+with the candidates.
 """
 
-import argparse
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from cases import ROUTED_BENCH
+from harness import Record, allocator, check, main
+from timing import interleaved
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
+from kvpo_kernels import _native, routed_attention
+
 # The least accepted ratio over the best baseline, and fraction of the measured peak (forward).
 BARS = {
     ("forward", torch.float32): {"ratio": 1.3, "fraction_of_peak": 0.75},
@@ -48,8 +46,6 @@ class Workload:
         self.leaves = [t.requires_grad_() for t in (self.q, self.k_live, self.v_live)]
 
     def ours(self) -> Tensor:
-        from kvpo_kernels import routed_attention
-
         return routed_attention(
             self.q, self.k_pool, self.v_pool, self.table, self.k_live, self.v_live, backend="cpu"
         )
@@ -126,8 +122,6 @@ def candidates(work: Workload, quick: bool) -> dict[str, dict[str, Callable[[], 
 
 def peak_call(dtype: torch.dtype, threads: int) -> tuple[Callable[[], object], float]:
     """Return a call that only multiplies and adds, about 20 ms of it, and its operations."""
-    from kvpo_kernels import _native
-
     options = {"pairs": dtype is torch.bfloat16, "threads": threads, "iterations": 3_000_000}
     return lambda: _native.peak_flops(**options), _native.peak_flops(**options)
 
@@ -152,12 +146,8 @@ def _status_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(quick: bool, threads: int) -> list[dict[str, Any]]:
+def measure(quick: bool, threads: int) -> list[Record]:
     """Measure in this process, whatever its allocator does."""
-    from cases import ROUTED_BENCH
-    from timing import interleaved
-
-    torch.set_num_threads(threads)
     tiny = replace(ROUTED_BENCH[0], B=1, Q=1, L=1)  # threads and libraries are there after it
     Workload(tiny, torch.float32).ours_with_gradients()
     rows = []
@@ -167,7 +157,7 @@ def measure(quick: bool, threads: int) -> list[dict[str, Any]]:
             extra = peak_extra_bytes(work.ours_with_gradients)
             peak, peak_operations = peak_call(dtype, threads)
             for op, calls in candidates(work, quick).items():
-                timings = interleaved({**calls, "peak": peak}, rounds=7 if quick else 15)
+                timings = interleaved({**calls, "peak": peak}, rounds=10 if quick else 15)
                 ours = timings.pop("ours")
                 peak_gflops = peak_operations / timings.pop("peak").min_ms / 1e6
                 flops = work.forward_flops()
@@ -176,78 +166,32 @@ def measure(quick: bool, threads: int) -> list[dict[str, Any]]:
                 best = min(timings, key=lambda name: timings[name].median_ms)
                 # Of the best sample: the peak is one as well, and load of others is not our loss.
                 fraction = flops / ours.min_ms / 1e6 / peak_gflops
+                bars = BARS[op, dtype]
+                checks = [
+                    check(f"x {best}", timings[best].median_ms / ours.median_ms, bars["ratio"])
+                ]
+                if "fraction_of_peak" in bars:
+                    checks.append(check("of peak", fraction, bars["fraction_of_peak"]))
+                checks.append(check("MiB left of 32", 32 - extra / 2**20, 0))
                 rows.append(
                     {
-                        "case": f"{case.name} {str(dtype).removeprefix('torch.')}",
                         "op": f"routed_attention {op}",
+                        "case": f"{case.name} {str(dtype).removeprefix('torch.')}",
                         "shape": {k: getattr(case, k) for k in "BQHDFTRL"},
-                        "dtype": str(dtype).removeprefix("torch."),
                         "threads": threads,
                         "ours_ms": ours.median_ms,
                         "ours_min_ms": ours.min_ms,
-                        "baseline": best,
-                        "baseline_ms": timings[best].median_ms,
-                        "ratio": timings[best].median_ms / ours.median_ms,
-                        "baselines": {name: t.median_ms for name, t in timings.items()},
+                        "baselines_ms": {name: t.median_ms for name, t in timings.items()},
                         "useful_gflops": flops / ours.median_ms / 1e6,
                         "peak_gflops": peak_gflops,
                         "fraction_of_peak": fraction,
                         "peak_extra_bytes": extra,
-                        "bar": BARS[op, dtype],
-                        "allocator": " ".join(
-                            f"{k}={os.environ.get(k, 'unset')}" for k in ALLOCATOR
-                        ),
+                        "checks": checks,
+                        "allocator": allocator(),
                     }
                 )
-                print(line(rows[-1]), file=sys.stderr)
     return rows
-
-
-def records(quick: bool, threads: int) -> list[dict[str, Any]]:
-    """Measure in a fresh process with `ALLOCATOR`, which malloc reads when a process starts."""
-    here = Path(__file__).resolve()
-    root = here.parent.parent
-    paths = [str(here.parent), str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
-    env = {**os.environ, **ALLOCATOR, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, str(here), "--here", "--threads", str(threads)]
-    done = subprocess.run(
-        command + ["--quick"] * quick, env=env, check=True, stdout=subprocess.PIPE, text=True
-    )
-    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return rows
-
-
-HEADER = (
-    f"{'case':16} {'op':34} {'ours ms':>8} {'ratio':>6} {'bar':>4} over {'baseline':8}"
-    f" {'GFLOP/s':>8} {'of peak':>7} {'bar':>5} {'extra MiB':>9}"
-)
-
-
-def line(r: dict[str, Any]) -> str:
-    """One record as a row of the table."""
-    fraction_bar = r["bar"].get("fraction_of_peak")
-    return (
-        f"{r['case']:16} {r['op']:34} {r['ours_ms']:8.2f}"
-        f" {r['ratio']:6.2f} {r['bar']['ratio']:4.1f} over {r['baseline']:8}"
-        f" {r['useful_gflops']:8.1f} {r['fraction_of_peak']:7.0%}"
-        f" {'' if fraction_bar is None else f'{fraction_bar:.0%}':>5}"
-        f" {r['peak_extra_bytes'] / 2**20:9.1f}"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--here", action="store_true", help="measure in this process, print JSON")
-    args = parser.parse_args()
-    if args.here:
-        print(json.dumps(measure(args.quick, args.threads)))
-        return
-    rows = records(args.quick, args.threads)
-    print(f"routed_attention, {args.threads} threads, {rows[0]['allocator']}\n{HEADER}")
-    print("\n".join(line(r) for r in rows))
 
 
 if __name__ == "__main__":
-    main()
+    main(__file__, __doc__ or "", measure)

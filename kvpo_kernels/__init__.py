@@ -1,5 +1,6 @@
 """Kernels for KVPO-style reinforcement learning of streaming autoregressive video generators."""
 
+from kvpo_kernels.doctor import explain as explain
 from kvpo_kernels.errors import BackendUnavailable as BackendUnavailable
 from kvpo_kernels.errors import KvpoError as KvpoError
 from kvpo_kernels.history.frame_pool import FramePool as FramePool

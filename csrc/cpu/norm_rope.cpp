@@ -48,43 +48,64 @@ KVPO_INLINE void token_forward(const NormRopeForward& a, const T* x, const float
     }
 }
 
-constexpr int64_t kMaxHead = 1024; // floats of one head's angles on the stack
+// The angles of a run of tokens, expanded once for all rows. A row's tokens of a run lie together:
+// going through the rows token by token would open a stream per row, all in the same cache sets.
+struct Angles {
+  static constexpr int64_t kFloats = 4096; // 16 KiB for each of the two, half of an L1 cache
+
+  alignas(64) float cosines[kFloats], sines[kFloats];
+
+  static int64_t run(int64_t head_size) {
+    return max_of<int64_t>(1, min_of<int64_t>(16, kFloats / head_size));
+  }
+
+  void expand(const NormRopeForward& a, int64_t first, int64_t last, float sign) {
+    const int64_t D = a.shape.head_size;
+    for (int64_t n = first; n < last; ++n)
+      expand_angles(a.cos + n * D / 2, a.sin + n * D / 2, D / 2, sign, cosines + (n - first) * D,
+                    sines + (n - first) * D);
+  }
+};
+
+// Calls token(angles of the token, row, token) for every token of every row, in parallel over runs.
+template <typename Token> void for_each_token(const NormRopeForward& a, const Token& token) {
+  const auto& s = a.shape;
+  const int64_t D = s.head_size, run = Angles::run(D), runs = (s.tokens + run - 1) / run;
+#pragma omp parallel for num_threads(a.threads) schedule(static)
+  for (int64_t i = 0; i < runs; ++i) {
+    const int64_t first = i * run, last = min_of<int64_t>(s.tokens, first + run);
+    Angles angles;
+    angles.expand(a, first, last, 1.0f);
+    for (int64_t b = 0; b < s.rows; ++b)
+      for (int64_t n = first; n < last; ++n)
+        token(angles.cosines + (n - first) * D, angles.sines + (n - first) * D, b, n);
+  }
+}
 
 template <typename T> void forward(const NormRopeForward& a) {
   const auto& s = a.shape;
-  const int64_t C = s.heads * s.head_size, pairs = s.head_size / 2;
-#pragma omp parallel for num_threads(a.threads) schedule(static)
-  for (int64_t n = 0; n < s.tokens; ++n) {
-    float cosines[kMaxHead], sines[kMaxHead];
-    expand_angles(a.cos + n * pairs, a.sin + n * pairs, pairs, 1.0f, cosines, sines);
-    for (int64_t b = 0; b < s.rows; ++b) {
-      const int64_t at = (b * s.tokens + n) * C;
-      token_forward(a, static_cast<const T*>(a.x) + at, cosines, sines, static_cast<T*>(a.out) + at,
-                    s.head_size);
-    }
-  }
+  const int64_t C = s.heads * s.head_size;
+  for_each_token(a, [&](const float* cosines, const float* sines, int64_t b, int64_t n) {
+    const int64_t at = (b * s.tokens + n) * C;
+    token_forward(a, static_cast<const T*>(a.x) + at, cosines, sines, static_cast<T*>(a.out) + at,
+                  s.head_size);
+  });
 }
 
 template <typename T> void write(const NormRopeWrite& w) {
   const NormRopeForward& a = w.keys;
   const auto& s = a.shape;
-  const int64_t C = s.heads * s.head_size, pairs = s.head_size / 2,
-                frames = s.tokens / w.frame_tokens;
-#pragma omp parallel for num_threads(a.threads) schedule(static)
-  for (int64_t n = 0; n < s.tokens; ++n) {
-    float cosines[kMaxHead], sines[kMaxHead];
-    expand_angles(a.cos + n * pairs, a.sin + n * pairs, pairs, 1.0f, cosines, sines);
+  const int64_t C = s.heads * s.head_size, frames = s.tokens / w.frame_tokens;
+  for_each_token(a, [&](const float* cosines, const float* sines, int64_t b, int64_t n) {
     const int64_t frame = n / w.frame_tokens, t = n % w.frame_tokens;
-    for (int64_t b = 0; b < s.rows; ++b) {
-      const int64_t at = (b * s.tokens + n) * C, slot = w.slots[b * frames + frame];
-      T* k = static_cast<T*>(w.k_pool.data) + slot * w.k_pool.slot + t * w.k_pool.token;
-      T* v = static_cast<T*>(w.v_pool.data) + slot * w.v_pool.slot + t * w.v_pool.token;
-      token_forward(a, static_cast<const T*>(a.x) + at, cosines, sines, k, w.k_pool.head);
-      for (int64_t h = 0; h < s.heads; ++h)
-        std::memcpy(v + h * w.v_pool.head, static_cast<const T*>(w.v) + at + h * s.head_size,
-                    static_cast<size_t>(s.head_size) * sizeof(T));
-    }
-  }
+    const int64_t at = (b * s.tokens + n) * C, slot = w.slots[b * frames + frame];
+    T* k = static_cast<T*>(w.k_pool.data) + slot * w.k_pool.slot + t * w.k_pool.token;
+    T* v = static_cast<T*>(w.v_pool.data) + slot * w.v_pool.slot + t * w.v_pool.token;
+    token_forward(a, static_cast<const T*>(a.x) + at, cosines, sines, k, w.k_pool.head);
+    for (int64_t h = 0; h < s.heads; ++h)
+      std::memcpy(v + h * w.v_pool.head, static_cast<const T*>(w.v) + at + h * s.head_size,
+                  static_cast<size_t>(s.head_size) * sizeof(T));
+  });
 }
 
 // With y = x r w and g = the rotated-back gradient of y:
@@ -104,7 +125,7 @@ template <typename T> void backward(const NormRopeBackward& args) {
     for (int64_t i = 0; i < C; i += kWidth)
       store(grad_w + i, zero());
     for (int64_t n = chunk * s.tokens / chunks; n < (chunk + 1) * s.tokens / chunks; ++n) {
-      float cosines[kMaxHead], sines[kMaxHead];
+      float cosines[Angles::kFloats], sines[Angles::kFloats];
       expand_angles(a.cos + n * pairs, a.sin + n * pairs, pairs, -1.0f, cosines, sines);
       for (int64_t b = 0; b < s.rows; ++b) {
         const int64_t at = (b * s.tokens + n) * C;

@@ -14,6 +14,16 @@ void bind_peak_flops(py::module_& m);
 PYBIND11_MODULE(_native, m) {
   py::register_exception<kvpo::Error>(m, "Error", PyExc_ValueError);
   m.attr("WITH_CUDA") = false;
+#ifdef _OPENMP
+  m.attr("WITH_OPENMP") = true;
+#else
+  m.attr("WITH_OPENMP") = false;
+#endif
+#if KVPO_X86
+  m.attr("ISAS") = py::make_tuple("portable", "avx2", "avx512", "avx512_bf16");
+#else
+  m.attr("ISAS") = py::make_tuple("portable");
+#endif
   m.def("isa", [] { return std::string(kvpo::cpu::name(kvpo::cpu::isa())); });
   m.def("set_isa_limit", [](const std::string& limit) {
     using kvpo::cpu::Isa;

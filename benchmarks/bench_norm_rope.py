@@ -1,0 +1,142 @@
+"""RMSNorm + 3-D RoPE + slot write (`qk_norm_rope_write`) against the same in torch.
+
+Run: `python benchmarks/bench_norm_rope.py [--quick] [--threads N]`.
+
+"original" is how Wan's attention does it: RMSNorm in float32, then, row by row, a complex product
+in float64. "compile" is the best one writes without our op: float32, real arithmetic, all rows at
+once, under torch.compile. Both end with the copy of k and v into the pool.
+"""
+
+from collections.abc import Callable
+
+import torch
+from harness import Record, allocator, check, main
+from timing import interleaved
+from torch import Tensor
+
+from kvpo_kernels import RopeTable, qk_norm_rope_write
+
+# B, (frames, height, width), H, D: the trainer's scale, and one block of a 1.3B model
+SHAPES = ((8, (3, 16, 16), 6, 64), (2, (3, 30, 52), 12, 128))
+BAR_ORIGINAL, BAR_COMPILE = 8.0, 2.5
+EPS = 1e-6
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Over heads and head size, as the model dimension is."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean((-2, -1), keepdim=True) + EPS)
+    return (wide * scale).to(x.dtype) * weight.view(x.shape[-2:])
+
+
+def rope_float64(x: Tensor, freqs: Tensor) -> Tensor:
+    rows = []
+    for row in x:
+        pairs = torch.view_as_complex(row.to(torch.float64).reshape(*row.shape[:-1], -1, 2))
+        rows.append(torch.view_as_real(pairs * freqs[:, None]).flatten(-2).to(x.dtype))
+    return torch.stack(rows)
+
+
+def fused(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.float()
+    y = wide * torch.rsqrt(wide.square().mean((-2, -1), keepdim=True) + EPS)
+    y = y * weight.view(x.shape[-2:])
+    even, odd = y[..., 0::2], y[..., 1::2]
+    c, s = cos[:, None], sin[:, None]
+    return torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2).to(x.dtype)
+
+
+def fused_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weights: tuple[Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    index: Tensor,
+) -> Tensor:
+    page = (index.shape[0], *k_pool.shape[1:])
+    k_pool[index] = fused(k, weights[1], cos, sin).view(page)
+    v_pool[index] = v.view(page)
+    return fused(q, weights[0], cos, sin)
+
+
+def candidates(
+    B: int, grid: tuple[int, int, int], H: int, D: int, dtype: torch.dtype
+) -> dict[str, Callable[[], Tensor]]:
+    """Return name -> call that returns q'; the candidates are checked to agree."""
+    g = torch.Generator().manual_seed(0)
+    frames, tokens = grid[0], grid[1] * grid[2]
+    q, k, v = torch.randn(3, B, frames * tokens, H, D, generator=g).to(dtype)
+    weights = tuple((1 + 0.1 * torch.randn(H * D, generator=g)).to(dtype) for _ in range(2))
+    slots = torch.randperm(B * frames, generator=g).view(B, frames)
+    pools = torch.zeros(2, B * frames, tokens, H, D, dtype=dtype)
+    rope = RopeTable(D)
+    cos, sin = rope.tokens(21, grid)
+    wide_cos, wide_sin = rope.tokens(21, grid, wide=True)
+    freqs = torch.complex(wide_cos, wide_sin)
+    index = slots.flatten()
+    page = (index.shape[0], tokens, H, D)
+    compiled = torch.compile(fused_write, dynamic=False)
+
+    def ours() -> Tensor:
+        return qk_norm_rope_write(
+            q, k, v, *weights, rope, 21, grid=grid, k_pool=pools[0], v_pool=pools[1], slots=slots
+        )
+
+    def original() -> Tensor:
+        pools[0, index] = rope_float64(rms_norm(k, weights[1]), freqs).view(page)
+        pools[1, index] = v.view(page)
+        return rope_float64(rms_norm(q, weights[0]), freqs)
+
+    def compile_() -> Tensor:
+        return compiled(q, k, v, weights, cos, sin, pools[0], pools[1], index)
+
+    calls = {"ours": ours, "original": original, "compile": compile_}
+    results = {}
+    for name, call in calls.items():
+        pools.zero_()
+        results[name] = (call().float(), pools.float())
+    limit = 1e-4 if dtype is torch.float32 else 0.1  # of bfloat16: some roundings at values of 4
+    for name, result in results.items():  # no speed of a wrong answer
+        for actual, expected in zip(result, results["original"], strict=True):
+            error = (actual - expected).abs().max()
+            assert error < limit, f"{name} differs from original by {error}"
+    return calls
+
+
+def measure(quick: bool, threads: int) -> list[Record]:
+    """Measure in this process, whatever its allocator does."""
+    rows = []
+    for B, grid, H, D in SHAPES[:1] if quick else SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            with torch.no_grad():
+                timings = interleaved(candidates(B, grid, H, D, dtype), rounds=10 if quick else 25)
+            ours = timings.pop("ours")
+            tokens = B * grid[0] * grid[1] * grid[2]
+            moved = 6 * tokens * H * D * dtype.itemsize  # q, k, v, each read and written once
+            ratios = {n: t.median_ms / ours.median_ms for n, t in timings.items()}
+            rows.append(
+                {
+                    "op": "norm_rope + slot write",
+                    "case": f"{B}x{tokens // B}x{H}x{D} {str(dtype).removeprefix('torch.')}",
+                    "shape": [B, tokens // B, H, D],
+                    "threads": threads,
+                    "ours_ms": ours.median_ms,
+                    "ours_min_ms": ours.min_ms,
+                    "baselines_ms": {n: t.median_ms for n, t in timings.items()},
+                    "gbps": moved / ours.median_ms / 1e6,
+                    "checks": [
+                        check("x compile", ratios["compile"], BAR_COMPILE),
+                        check("x original", ratios["original"], BAR_ORIGINAL),
+                    ],
+                    "allocator": allocator(),
+                }
+            )
+    return rows
+
+
+if __name__ == "__main__":
+    main(__file__, __doc__ or "", measure)

@@ -1,0 +1,154 @@
+"""What works on this machine, and why the rest does not: `python -m kvpo_kernels doctor`."""
+
+import importlib
+import importlib.util
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final
+
+import torch
+
+from kvpo_kernels import registry
+from kvpo_kernels.errors import ConfigError
+from kvpo_kernels.ops import (
+    branch_policy_loss,
+    norm_rope,
+    routed_attention,
+    tve_grpo,
+    velocity_energy,
+)
+
+OPS: Final[dict[str, Any]] = {
+    op.OP: op for op in (routed_attention, norm_rope, velocity_energy, branch_policy_loss, tve_grpo)
+}
+# A call of a training step; what `explain` assumes where it is told nothing else.
+TYPICAL: Final[dict[str, object]] = {
+    "device": "cpu",
+    "dtype": torch.float32,
+    "head_size": 128,
+    "needs_grad": True,
+}
+
+
+def explain(op: str, **problem: object) -> dict[str, str | None]:
+    """Why each backend of an op can or cannot run a problem; nothing is run or allocated.
+
+    Args:
+        op: "routed_attention", "norm_rope", "velocity_energy", "branch_policy_loss" or "tve_grpo".
+        **problem: what the op's backends look at, the fields of its `Problem`: `device` ("cpu" or
+            "cuda"), `dtype`, and for some ops `head_size` (D) and `needs_grad`. What is left out is
+            that of a typical call: float32 on the CPU, heads of 128, with gradients.
+
+    Returns:
+        Backend name -> None where it can run, else the reason why not, in order of preference: the
+        first None is what `backend=None` takes.
+
+    Raises:
+        ConfigError: an unknown op, or a field that the op's backends do not look at.
+
+    Example:
+        >>> explain("routed_attention", dtype=torch.float64)["cpu"]
+        'takes float32, bfloat16 and float16, got torch.float64'
+    """
+    if op not in OPS:
+        raise ConfigError(f"op must be one of {', '.join(OPS)}, got {op!r}")
+    module = OPS[op]
+    fields = list(module.Problem.__annotations__)
+    unknown = [name for name in problem if name not in fields]
+    if unknown:
+        raise ConfigError(f"{op} has no {', '.join(unknown)}: its problems have {fields}")
+    values = {name: problem.get(name, TYPICAL[name]) for name in fields}
+    return registry.reasons(module.BACKENDS, module.Problem(**values))
+
+
+def report() -> str:
+    """Versions, processor, GPU, native module, and a table of backends for each op, as text."""
+    lines = ["kvpo_kernels doctor", ""]
+    lines += [f"{name:14} {value}" for name, value in facts().items()]
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    for device in devices:
+        dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,)
+        for dtype in dtypes:
+            lines += ["", f"backends for {_dtype(dtype)} on {device}, in order of preference"]
+            for op, module in OPS.items():
+                given = {"device": device, "dtype": dtype}
+                fields = module.Problem.__annotations__
+                reasons = explain(op, **{k: v for k, v in given.items() if k in fields})
+                taken = next((name for name, why in reasons.items() if why is None), None)
+                for i, (name, why) in enumerate(reasons.items()):
+                    verdict = (
+                        why if why is not None else "runs, chosen" if name == taken else "runs"
+                    )
+                    lines.append(f"  {op if i == 0 else '':20} {name:12} {verdict}")
+    return "\n".join(lines)
+
+
+def processor() -> str:
+    """The processor's name, as the operating system gives it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def native() -> tuple[ModuleType | None, str]:
+    """Return the native module and what it was built with, or None and why it is missing."""
+    if not registry.HAS_NATIVE:
+        return None, (
+            "not built: the kernels need a C++ compiler when kvpo_kernels is installed."
+            " Install g++, then `pip install --force-reinstall --no-deps` kvpo_kernels again"
+        )
+    try:
+        module = importlib.import_module("kvpo_kernels._native")
+    except ImportError as error:
+        return None, f"built, but does not load: {error}"
+    threads = "OpenMP" if module.WITH_OPENMP else "no OpenMP: kernels run on one thread"
+    return module, f"{module.__file__} ({threads}, CUDA kernels: {_yes(module.WITH_CUDA)})"
+
+
+def facts() -> dict[str, str]:
+    """Versions, processor, native module and GPU of this process."""
+    module, how = native()
+    found = {
+        "kvpo_kernels": _version("kvpo_kernels"),
+        "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
+        **{name: _version(name) for name in ("torch", "triton", "numpy")},
+        "processor": f"{processor()}, {os.cpu_count()} logical cores",
+        "threads": f"{torch.get_num_threads()} (torch.get_num_threads())",
+        "native module": how,
+    }
+    if module is not None:
+        found["instructions"] = f"{module.isa()} chosen, compiled for {', '.join(module.ISAS)}"
+    found["GPU"] = _gpu()
+    found["KVPO_BACKEND"] = registry.DEFAULT_BACKEND or "not set: each call takes the first"
+    return found
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        built = "this torch is built for it" if torch.version.cuda else "this torch is a CPU build"
+        return f"none that torch can use ({built})"
+    major, minor = torch.cuda.get_device_capability()
+    return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        found = importlib.util.find_spec(package) is not None
+        return "from a source folder, not installed" if found else "not installed"
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
