@@ -17,13 +17,13 @@ from kvpo_kernels import (
     FramePool,
     HistoryRouting,
     RouteTable,
+    RoutingPlan,
     Timeline,
     TrajectoryEnergies,
     plan_history_routing,
     velocity_gradient,
     velocity_step_weights,
 )
-from kvpo_kernels.history.planning import RoutingPlan
 from kvpo_trainer.data import Prompt, tokenize, unpatchify
 from kvpo_trainer.generator import Generator
 from kvpo_trainer.sampling import (
