@@ -14,8 +14,16 @@ CXX_FILES := $(shell git ls-files '*.cpp' '*.h')
 demo: .venv/ready
 	.venv/bin/kvpo-train train --config demo --out runs/demo-$$(date +%Y%m%d-%H%M%S) --figure docs/figures/demo.png
 
-test: .venv/ready
+test: .venv/ready build/sanitized/ready
+	.venv/bin/ctest --test-dir build/sanitized --output-on-failure
 	$(PY) -m pytest
+
+# The kernels without Python, under ASan and UBSan.
+build/sanitized/ready: .venv/ready CMakeLists.txt $(CXX_FILES)
+	.venv/bin/cmake -S . -B build/sanitized -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja \
+		-DKVPO_TESTS=ON -DKVPO_SANITIZE=ON -DCMAKE_BUILD_TYPE=None -DCMAKE_CXX_FLAGS=-O1
+	.venv/bin/cmake --build build/sanitized
+	touch $@
 
 bench: .venv/ready
 	$(PY) benchmarks/run.py
