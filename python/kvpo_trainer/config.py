@@ -1,11 +1,12 @@
 """A run's configuration: frozen dataclasses, read strictly from YAML.
 
 Unknown keys, wrong types and values out of range are errors that name the full path of the key. The
-file is data only: `yaml.safe_load`, no interpolation, no object construction.
+file is data only: a safe loader, no interpolation, no object construction.
 """
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -119,9 +120,27 @@ def dump_yaml(config: Any) -> str:
     return yaml.safe_dump(to_mapping(config), sort_keys=False)
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number, as in YAML 1.2, and a key may come once only."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(sorted(twice))} given twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
+    list("-+.0123456789"),
+)
+
+
 def _parse(text: str, source: str, mapping: bool = True) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{source}: not plain YAML: {error}") from error
     if mapping:

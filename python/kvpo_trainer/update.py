@@ -168,6 +168,8 @@ class Trainer:
             "grad_norm": norm,
             "skipped_updates": float(self.skipped_updates),
             "safe_share": sum(safe) / n,
+            # Groups whose rewards are all equal teach nothing.
+            "zero_std_groups": float((local.amax(-1) == local.amin(-1)).all(0).sum()),
             "seconds_rollout": rolled - started,
             "seconds_update": time.perf_counter() - rolled,
         }
