@@ -1,6 +1,8 @@
 #include "kvpo/norm_rope.h"
 
 #include <cmath>
+#include <cstring>
+#include <initializer_list>
 
 #include "scratch.h"
 #include "simd.h"
@@ -34,8 +36,22 @@ template <typename T> KVPO_INLINE float inverse_rms(const T* x, int64_t n, float
   return 1.0f / std::sqrt(sum_lanes(add(a, b)) / static_cast<float>(n) + eps);
 }
 
-// One token: head h of the result goes to out + h * head_stride.
+// An output larger than this would push out of the cache what the next kernel wants, and reading
+// its lines before they are overwritten would cost a third more traffic.
+constexpr int64_t kStreamBytes = 8 << 20;
+
+// Whether rows of heads at `data` may be written past the cache, in whole lines of 64 bytes.
 template <typename T>
+bool streams(const NormRopeShape& s, const void* data, std::initializer_list<int64_t> strides) {
+  constexpr int64_t kLine = 64, kSize = sizeof(T);
+  bool aligned = reinterpret_cast<uintptr_t>(data) % kLine == 0 && s.head_size * kSize % kLine == 0;
+  for (const int64_t stride : strides)
+    aligned = aligned && stride * kSize % kLine == 0;
+  return aligned && s.rows * s.tokens * s.heads * s.head_size * kSize >= kStreamBytes;
+}
+
+// One token: head h of the result goes to out + h * head_stride.
+template <bool kStream, typename T>
 KVPO_INLINE void token_forward(const NormRopeForward& a, const T* x, const float* cosines,
                                const float* sines, T* out, int64_t head_stride) {
   const int64_t D = a.shape.head_size;
@@ -43,9 +59,27 @@ KVPO_INLINE void token_forward(const NormRopeForward& a, const T* x, const float
   for (int64_t h = 0; h < a.shape.heads; ++h)
     for (int64_t d = 0; d < D; d += kWidth) {
       const Vec y = mul(mul(load(x + h * D + d), r), load(a.weight + h * D + d));
-      store(out + h * head_stride + d,
-            fma(y, load(cosines + d), mul(swap_pairs(y), load(sines + d))));
+      const Vec turned = fma(y, load(cosines + d), mul(swap_pairs(y), load(sines + d)));
+      if constexpr (kStream)
+        stream(out + h * head_stride + d, turned);
+      else
+        store(out + h * head_stride + d, turned);
     }
+}
+
+template <bool kStream, typename T>
+KVPO_INLINE void token_copy(const NormRopeShape& s, const T* from, T* out, int64_t head_stride) {
+  for (int64_t h = 0; h < s.heads; ++h) {
+    const T* const x = from + h * s.head_size;
+    T* const to = out + h * head_stride;
+    if constexpr (kStream) { // whole lines, whatever the elements are
+      const float* const words = reinterpret_cast<const float*>(x);
+      for (int64_t i = 0; i < s.head_size * static_cast<int64_t>(sizeof(T)) / 4; i += kWidth)
+        stream(reinterpret_cast<float*>(to) + i, load(words + i));
+    } else {
+      std::memcpy(to, x, static_cast<size_t>(s.head_size) * sizeof(T));
+    }
+  }
 }
 
 // The angles of a run of tokens, expanded once for all rows. A row's tokens of a run lie together:
@@ -68,7 +102,8 @@ struct Angles {
 };
 
 // Calls token(angles of the token, row, token) for every token of every row, in parallel over runs.
-template <typename Token> void for_each_token(const NormRopeForward& a, const Token& token) {
+template <bool kStream, typename Token>
+void for_each_token(const NormRopeForward& a, const Token& token) {
   const auto& s = a.shape;
   const int64_t D = s.head_size, run = Angles::run(D), runs = (s.tokens + run - 1) / run;
 #pragma omp parallel for num_threads(a.threads) schedule(static)
@@ -79,33 +114,44 @@ template <typename Token> void for_each_token(const NormRopeForward& a, const To
     for (int64_t b = 0; b < s.rows; ++b)
       for (int64_t n = first; n < last; ++n)
         token(angles.cosines + (n - first) * D, angles.sines + (n - first) * D, b, n);
+    if constexpr (kStream)
+      stream_fence();
   }
 }
 
-template <typename T> void forward(const NormRopeForward& a) {
+template <bool kStream, typename T> void forward(const NormRopeForward& a) {
   const auto& s = a.shape;
   const int64_t C = s.heads * s.head_size;
-  for_each_token(a, [&](const float* cosines, const float* sines, int64_t b, int64_t n) {
+  for_each_token<kStream>(a, [&](const float* cosines, const float* sines, int64_t b, int64_t n) {
     const int64_t at = (b * s.tokens + n) * C;
-    token_forward(a, static_cast<const T*>(a.x) + at, cosines, sines, static_cast<T*>(a.out) + at,
-                  s.head_size);
+    token_forward<kStream>(a, static_cast<const T*>(a.x) + at, cosines, sines,
+                           static_cast<T*>(a.out) + at, s.head_size);
   });
 }
 
-template <typename T> void write(const NormRopeWrite& w) {
+template <bool kStream, typename T> void write(const NormRopeWrite& w) {
   const NormRopeForward& a = w.keys;
   const auto& s = a.shape;
   const int64_t C = s.heads * s.head_size, frames = s.tokens / w.frame_tokens;
-  for_each_token(a, [&](const float* cosines, const float* sines, int64_t b, int64_t n) {
+  for_each_token<kStream>(a, [&](const float* cosines, const float* sines, int64_t b, int64_t n) {
     const int64_t frame = n / w.frame_tokens, t = n % w.frame_tokens;
     const int64_t at = (b * s.tokens + n) * C, slot = w.slots[b * frames + frame];
     T* k = static_cast<T*>(w.k_pool.data) + slot * w.k_pool.slot + t * w.k_pool.token;
     T* v = static_cast<T*>(w.v_pool.data) + slot * w.v_pool.slot + t * w.v_pool.token;
-    token_forward(a, static_cast<const T*>(a.x) + at, cosines, sines, k, w.k_pool.head);
-    for (int64_t h = 0; h < s.heads; ++h)
-      std::memcpy(v + h * w.v_pool.head, static_cast<const T*>(w.v) + at + h * s.head_size,
-                  static_cast<size_t>(s.head_size) * sizeof(T));
+    token_forward<kStream>(a, static_cast<const T*>(a.x) + at, cosines, sines, k, w.k_pool.head);
+    token_copy<kStream>(s, static_cast<const T*>(w.v) + at, v, w.v_pool.head);
   });
+}
+
+template <typename T> void forward(const NormRopeForward& a) {
+  streams<T>(a.shape, a.out, {}) ? forward<true, T>(a) : forward<false, T>(a);
+}
+
+template <typename T> void write(const NormRopeWrite& w) {
+  const auto aligned = [&](const PoolPages& p) {
+    return streams<T>(w.keys.shape, p.data, {p.slot, p.token, p.head});
+  };
+  aligned(w.k_pool) && aligned(w.v_pool) ? write<true, T>(w) : write<false, T>(w);
 }
 
 // With y = x r w and g = the rotated-back gradient of y:

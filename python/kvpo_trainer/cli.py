@@ -119,7 +119,8 @@ def _pretrain(options: argparse.Namespace, config: RunConfig) -> int:
 def _train(options: argparse.Namespace, config: RunConfig) -> int:
     started = time.perf_counter()
     weights = load_weights(options.weights)
-    config = replace(config, data=weights.config.data, generator=weights.config.generator)
+    made = weights.config  # the weights decide what they were made with
+    config = replace(config, data=made.data, generator=made.generator, pretrain=made.pretrain)
     train, held_out = split_prompts()
     prompts = held_out[: config.train.evaluation_prompts]
     out: Path = options.out
