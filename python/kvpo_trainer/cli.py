@@ -39,7 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except session.Interrupted as stop:
         print(f"{stop}; --resume goes on", file=sys.stderr)
         return stop.exit_code
-    except (ConfigurationError, CheckpointError, session.RunError, ValueError) as error:
+    except (
+        ConfigurationError,
+        CheckpointError,
+        session.RunError,
+        verify.VerifyError,
+        ValueError,
+    ) as error:
         print(f"kvpo-train: {error}", file=sys.stderr)
         return 2
 
@@ -263,7 +269,7 @@ def _verify(options: argparse.Namespace, config: RunConfig) -> int:
     passed_on = ["--config", options.config] if options.config else []
     passed_on += [word for override in options.set for word in ("--set", override)]
     command = verify.arm_command(passed_on)
-    results = verify.run_all(command, seeds, options.out, options.processes)
+    results = verify.run_all(command, seeds, options.out, config, options.processes)
     summary = verify.summarise(results, seeds, config)
     summary["minutes"] = round((time.perf_counter() - started) / 60, 1)
     text = json.dumps(summary, indent=1)

@@ -83,10 +83,10 @@ def reward_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure:
         for who, colour in (("anchor", "#9aa5b1"), ("branches", "#1f5fbf")):
             values = np.array([float(row[f"{name}_{who}"]) for row in metrics])
             axis.plot(steps, values, color=colour, alpha=0.35, linewidth=1)
-            width = max(1, len(values) // 8)
-            if len(values) >= 2 * width:
-                smooth = np.convolve(values, np.ones(width) / width, "valid")
-                axis.plot(steps[width - 1 :], smooth, color=colour, linewidth=2, label=who)
+            width = max(1, len(values) // 4)  # prompts and fork differ from rollout to rollout
+            smooth = np.convolve(values, np.ones(width) / width, "valid")
+            middle = np.array(steps[width - 1 :]) - (width - 1) / 2
+            axis.plot(middle, smooth, color=colour, linewidth=2, label=who)
         axis.set_title(name.upper() if name in HEADS else name, fontsize=10)
         axis.set_xlabel("rollout", fontsize=8)
         axis.tick_params(labelsize=8)
@@ -99,6 +99,7 @@ def readme_figure(
     metrics: Sequence[Mapping[str, Any]], before: Evaluation, after: Evaluation, rows: int = 3
 ) -> Figure:
     """Reward curves above strips of held-out videos before and after."""
+    rows = min(rows, before.videos.shape[0])
     heights = [5.0] + [1.0] * (2 * rows)
     figure = Figure(figsize=(11, 0.55 * sum(heights)), layout="constrained")
     curves, *grid = figure.subplots(1 + 2 * rows, 1, height_ratios=heights)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,12 @@ class Gap:
         return self.mean / self.error if self.error > 0 else math.nan
 
 
+class VerifyError(RuntimeError):
+    """The arms cannot be run or compared."""
+
+
 def run_arm(config: RunConfig, arm: str, seed: int, out: Path, noises: int = 2) -> None:
     """Train one arm and write its per-prompt scores to `out`."""
-    from dataclasses import replace
-
     torch.set_num_threads(1)  # two arms run side by side
     weights = load_weights()
     train, held_out = split_prompts()
@@ -86,6 +88,7 @@ def run_arm(config: RunConfig, arm: str, seed: int, out: Path, noises: int = 2) 
     record = {
         "arm": arm,
         "seed": seed,
+        "config": to_mapping(config),
         "scores": scores(result),
         "train_seconds": round(trained, 1),
         "evaluation_seconds": round(time.perf_counter() - started - trained, 1),
@@ -100,19 +103,28 @@ def run_all(
     command: Callable[[str, int, Path], Sequence[str]],
     seeds: Sequence[int],
     folder: Path,
+    config: RunConfig,
     processes: int = 2,
 ) -> dict[tuple[str, int], dict[str, Any]]:
     """Run every arm that has no result in `folder` yet, so many at a time.
 
     Args:
         command: makes the command line of an arm.
+        config: what the arms run with.
 
     Raises:
-        RuntimeError: an arm failed; its output is in the folder.
+        VerifyError: an arm failed, its output is in the folder; or a result that is there already
+            is of another configuration.
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(arm, seed) for seed in seeds for arm in ARMS]
     waiting = [job for job in jobs if not _result(folder, *job).exists()]
+    for job in jobs:
+        path = _result(folder, *job)
+        if path.exists() and json.loads(path.read_text())["config"] != _as_json(config):
+            raise VerifyError(
+                f"{path} is of another configuration: remove it, or use another --out"
+            )
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
@@ -133,7 +145,7 @@ def run_all(
                 del running[job]
                 name = f"{job[0]}-{job[1]}"
                 if process.returncode:
-                    raise RuntimeError(f"arm {name} failed, see {folder / name}.log")
+                    raise VerifyError(f"arm {name} failed, see {folder / name}.log")
                 print(f"{name} done, {len(waiting) + len(running)} to go", flush=True)
     finally:
         for process in running.values():
@@ -166,7 +178,10 @@ def summarise(
         "iterations": config.train.iterations,
         "config": to_mapping(config),
         "torch": torch.__version__,
-        "arms": {f"{arm}-{seed}": result for (arm, seed), result in results.items()},
+        "arms": {
+            f"{arm}-{seed}": {k: v for k, v in result.items() if k != "config"}
+            for (arm, seed), result in results.items()
+        },
     }
 
 
@@ -193,6 +208,10 @@ def arm_command(arguments: Sequence[str]) -> Callable[[str, int, Path], Sequence
         return [sys.executable, "-m", "kvpo_trainer", *own, *arguments]
 
     return command
+
+
+def _as_json(config: RunConfig) -> Any:
+    return json.loads(json.dumps(to_mapping(config)))
 
 
 def _result(folder: Path, arm: str, seed: int) -> Path:

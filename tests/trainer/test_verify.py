@@ -1,0 +1,90 @@
+"""The controls' statistics on known numbers, and arms that fail or are stale."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from kvpo_trainer import verify
+from kvpo_trainer.config import RunConfig, load_config, to_mapping
+from kvpo_trainer.verify import ARMS, Gap, VerifyError
+
+
+def results(values: dict[str, list[float]]) -> dict[tuple[str, int], dict]:
+    return {
+        (arm, seed): {"scores": {"reward": [v - 0.1, v + 0.1], "vq": [v, v]}}
+        for arm, per_seed in values.items()
+        for seed, v in enumerate(per_seed)
+    }
+
+
+def test_gap() -> None:
+    gap = Gap([0.1, 0.2, 0.3])
+    assert gap.mean == pytest.approx(0.2)
+    assert gap.error == pytest.approx(0.1 / math.sqrt(3))
+    assert gap.errors == pytest.approx(2 * math.sqrt(3))
+    assert math.isnan(Gap([0.1]).error) and math.isnan(Gap([0.1]).errors)
+
+
+@pytest.mark.parametrize(
+    ("plus", "passed"),
+    [
+        ([1.30, 1.31, 1.29], True),  # gap .3, error .006
+        ([1.0, 1.01, 0.99], False),  # no gap
+        ([1.0, 1.3, 1.6], False),  # a gap of 1.7 errors
+        ([0.7, 0.71, 0.69], False),  # the wrong way round
+    ],
+)
+def test_the_signed_test(plus: list[float], passed: bool) -> None:
+    summary = verify.summarise(
+        results({"plus": plus, "minus": [1.0, 1.0, 1.0], "shuffled": [1.1, 1.1, 1.1]}),
+        [0, 1, 2],
+        RunConfig(),
+    )
+    assert summary["passed"] is passed
+    assert summary["signed"]["reward"]["per_seed"] == pytest.approx([p - 1.0 for p in plus])
+    control = summary["plus_minus_shuffled"]["reward"]
+    assert control["per_seed"] == pytest.approx([p - 1.1 for p in plus])
+    text = verify.table(summary)
+    assert ("holds" in text and "NOT" not in text) is passed
+    json.dumps(summary)
+
+
+WRITE = """
+import json, sys
+arm, seed, out, config = sys.argv[1:]
+open(out, "w").write(json.dumps({"arm": arm, "config": json.loads(config)}))
+"""
+
+
+def writer(config: RunConfig):
+    text = json.dumps(to_mapping(config))
+    return lambda arm, seed, out: [sys.executable, "-c", WRITE, arm, str(seed), str(out), text]
+
+
+def test_arms_run_once(tmp_path: Path) -> None:
+    config = RunConfig()
+    got = verify.run_all(writer(config), [1, 2], tmp_path, config)
+    assert set(got) == {(arm, seed) for arm in ARMS for seed in (1, 2)}
+    assert got["minus", 2]["arm"] == "minus"
+    fail = lambda arm, seed, out: [sys.executable, "-c", "raise SystemExit(3)"]
+    assert verify.run_all(fail, [1, 2], tmp_path, config) == got  # all there: nothing is run
+
+
+def test_results_of_another_configuration_are_refused(tmp_path: Path) -> None:
+    config = RunConfig()
+    verify.run_all(writer(config), [1], tmp_path, config)
+    other = load_config(None, ["kvpo.learning_rate=1e-5"])
+    with pytest.raises(VerifyError, match=r"plus-1.json is of another configuration"):
+        verify.run_all(writer(other), [1], tmp_path, other)
+
+
+def test_a_failed_arm_is_an_error(tmp_path: Path) -> None:
+    code = "import sys; print('why it failed'); sys.exit(sys.argv[1] == 'minus')"
+    command = lambda arm, seed, out: (
+        [sys.executable, "-c", code, arm] if arm == "minus" else writer(RunConfig())(arm, seed, out)
+    )
+    with pytest.raises(VerifyError, match=r"arm minus-1 failed, see .*minus-1.log"):
+        verify.run_all(command, [1], tmp_path, RunConfig())
+    assert "why it failed" in (tmp_path / "minus-1.log").read_text()
