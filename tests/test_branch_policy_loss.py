@@ -135,6 +135,18 @@ def test_gradcheck(backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("seed", range(20))
+def test_the_order_of_the_branches_does_not_matter_to_a_bit(backend: str, seed: int) -> None:
+    c = random_case(seed)
+    inputs = [c[k] for k in ("l", "old", "A", "ref")]
+    order = torch.randperm(len(c["l"]), generator=torch.Generator().manual_seed(seed))
+    a = loss(backend, *inputs, objective=c["o"])
+    b = loss(backend, *(x if x is None else x[order] for x in inputs), objective=c["o"])
+    assert torch.equal(a.numbers[:7], b.numbers[:7])
+    assert torch.equal(a.numbers[7:].view(4, -1)[:, order], b.numbers[7:].view(4, -1))
+
+
+@each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @given(st.lists(st.floats(-1e5, 1e5), min_size=1, max_size=9))
 @settings(max_examples=40, deadline=None)

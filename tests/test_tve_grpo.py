@@ -125,6 +125,27 @@ def test_the_ratio_at_the_old_policy_is_exactly_one(backend: str) -> None:
     assert torch.equal(again.ratio, torch.ones(4))
 
 
+@each_backend
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_the_order_of_the_branches_does_not_matter_to_a_bit(
+    dtype: torch.dtype, backend: str
+) -> None:
+    pred, target, weights, old, A, ref = make(dtype, rest=(5001,))
+    order = torch.tensor([2, 0, 3, 1])
+
+    def run(pick: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        p = pred[pick].clone().requires_grad_()
+        r = tve(backend, p, target[pick], weights, old[pick], A[pick], ref[pick])
+        r.loss.backward()
+        assert p.grad is not None
+        return r.numbers[:7], r.energies, r.score_grad, r.ratio, p.grad
+
+    one, other = run(torch.arange(4)), run(order)
+    assert torch.equal(one[0], other[0])
+    for a, b in zip(one[1:], other[1:], strict=True):
+        assert torch.equal(a[order], b)
+
+
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_every_isa_and_thread_count(isa: str, dtype: torch.dtype) -> None:
     inputs = make(dtype, rest=(9001,))

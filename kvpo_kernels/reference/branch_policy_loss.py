@@ -41,20 +41,20 @@ def forward(
     log_ratio = log_pi - log_old
     ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp).exp()
     low, high = 1 - clip_low, 1 + clip_high
-    grpo = -torch.minimum(ratio * A, ratio.clamp(low, high) * A).sum() / n
+    grpo = -_sum(torch.minimum(ratio * A, ratio.clamp(low, high) * A)) / n
     log_pi_eps = (pi + KL_EPSILON).log()
-    kl = (pi * (log_pi_eps - log_ref)).sum()
+    kl = _sum(pi * (log_pi_eps - log_ref))
     loss = scale * (grpo + kl_coef * kl)
 
     clipped = ((A > 0) & (ratio > high)) | ((A < 0) & (ratio < low))
     active = ~clipped & (log_ratio.abs() <= log_ratio_clamp)
     a = torch.where(active, -A * ratio / n, 0.0)
     c = log_pi_eps - log_ref + pi / (pi + KL_EPSILON)
-    grad = scale * (a - pi * a.sum() + kl_coef * pi * (c - (pi * c).sum()))
+    grad = scale * (a - pi * _sum(a) + kl_coef * pi * (c - _sum(pi * c)))
 
     outside = ((ratio < low) | (ratio > high)) & kept
     # The entropy of the branches' entries of a distribution that leaves them `branch_mass`.
-    entropy = -branch_mass * (pi * log_pi).sum() - branch_mass * math.log(branch_mass) * pi.sum()
+    entropy = -branch_mass * (_sum(pi * log_pi) + math.log(branch_mass) * _sum(pi))
     skip = entropy > n.double().log() * (1 - min_entropy_ratio)
     skip = skip & (min_entropy_ratio > 0)
     nan = float("nan")
@@ -72,4 +72,9 @@ def _log_softmax(x: Tensor, kept: Tensor) -> Tensor:
     """Log-softmax over the kept entries; 0 for the others, which no sum uses."""
     peak = torch.where(kept, x, -torch.inf).amax()
     shifted = torch.where(kept, x - peak, -torch.inf)
-    return torch.where(kept, shifted - shifted.exp().sum().log(), 0.0)
+    return torch.where(kept, shifted - _sum(shifted.exp()).log(), 0.0)
+
+
+def _sum(terms: Tensor) -> Tensor:
+    """A sum that does not depend on the order of the branches, to the bit."""
+    return terms.sort().values.sum()
