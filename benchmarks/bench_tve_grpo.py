@@ -1,4 +1,7 @@
-"""Energies + loss + gradient (`tve_grpo_loss` and its backward) against the same in torch.
+"""Energies + loss + gradient (`tve_grpo_loss`) against the same in torch.
+
+Ours is the call and its `pred_grad`; torch gets its gradient from autograd. `ours_autograd_ms` in
+the record is ours with the gradient fetched through the loss by autograd as well.
 
 Run: `python benchmarks/bench_tve_grpo.py [--quick] [--threads N]`.
 """
@@ -7,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from harness import Record, allocator, check, main
-from timing import interleaved
+from timing import interleaved, ratio
 from torch import Tensor
 
 from kvpo_kernels import trajectory_velocity_energy, tve_grpo_loss
@@ -47,9 +50,15 @@ def candidates(numel: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]
     old, ref = (old + 0.02 * torch.randn(BRANCHES, generator=g) for _ in range(2))
     advantages = torch.randn(BRANCHES, generator=g)
     pred.requires_grad_()
+    torch.compiler.reset()
     compiled = torch.compile(torch_loss, dynamic=False)
 
     def ours() -> Tensor:
+        grad = tve_grpo_loss(pred, target, wide, old, advantages, ref).pred_grad
+        assert grad is not None
+        return grad
+
+    def autograd() -> Tensor:
         r = tve_grpo_loss(pred, target, wide, old, advantages, ref)
         return torch.autograd.grad(r.loss, pred)[0]
 
@@ -61,7 +70,7 @@ def candidates(numel: int, dtype: torch.dtype) -> dict[str, Callable[[], Tensor]
         loss = compiled(pred, target, weights, old, advantages, ref)
         return torch.autograd.grad(loss, pred)[0]
 
-    calls = {"ours": ours, "eager": eager, "compile": compile_}
+    calls = {"ours": ours, "ours_autograd": autograd, "eager": eager, "compile": compile_}
     expected = eager().float()
     for name, call in calls.items():  # no speed of a wrong answer
         error = (call().float() - expected).abs().max() / expected.abs().max()
@@ -74,8 +83,8 @@ def measure(quick: bool, threads: int) -> list[Record]:
     rows = []
     for numel, dtype, bar_compile, bar_eager in CASES:
         timings = interleaved(candidates(numel, dtype), rounds=10 if quick else 25)
-        ours = timings.pop("ours")
-        ratios = {n: t.median_ms / ours.median_ms for n, t in timings.items()}
+        ours, autograd = timings.pop("ours"), timings.pop("ours_autograd")
+        ratios = {n: ratio(t, ours) for n, t in timings.items()}
         moved = 5 * BRANCHES * STEPS * numel * dtype.itemsize  # two reads of both, one write
         rows.append(
             {
@@ -85,6 +94,7 @@ def measure(quick: bool, threads: int) -> list[Record]:
                 "threads": threads,
                 "ours_ms": ours.median_ms,
                 "ours_min_ms": ours.min_ms,
+                "ours_autograd_ms": autograd.median_ms,
                 "baselines_ms": {n: t.median_ms for n, t in timings.items()},
                 "gbps": moved / ours.median_ms / 1e6,
                 "checks": [

@@ -21,6 +21,15 @@ class Timing:
     samples_ms: tuple[float, ...]
 
 
+def ratio(baseline: Timing, ours: Timing) -> float:
+    """How many times faster ours is: the median of the rounds' ratios.
+
+    A round's samples lie next to each other in time, so load that comes and goes cancels.
+    """
+    pairs = zip(baseline.samples_ms, ours.samples_ms, strict=True)
+    return statistics.median(b / o for b, o in pairs)
+
+
 def synced_clock() -> float:
     """Seconds, read when the device has finished what was enqueued."""
     if torch.cuda.is_available():

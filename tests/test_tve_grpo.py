@@ -137,7 +137,8 @@ def test_the_order_of_the_branches_does_not_matter_to_a_bit(
         p = pred[pick].clone().requires_grad_()
         r = tve(backend, p, target[pick], weights, old[pick], A[pick], ref[pick])
         r.loss.backward()
-        assert p.grad is not None
+        assert p.grad is not None and r.pred_grad is not None
+        assert torch.equal(p.grad, r.pred_grad)
         return r.numbers[:7], r.energies, r.score_grad, r.ratio, p.grad
 
     one, other = run(torch.arange(4)), run(order)

@@ -1,5 +1,6 @@
 """The contrastive policy loss over the branches of one prompt, and its closed-form gradient."""
 
+import functools
 import math
 import warnings
 from dataclasses import dataclass, fields
@@ -112,11 +113,8 @@ def scalars_of(objective: ContrastiveObjective, safe: bool, nonfinite: str) -> S
 class BranchPolicyLoss:
     """A loss and what it was made of. Tensors on the scores' device, in their dtype.
 
-    Only `loss` is differentiable; the properties are views of `numbers`, made when asked for.
+    Only `loss` is differentiable. It and the properties are made when asked for, from `numbers`.
     """
-
-    loss: Tensor
-    """`[]`, `scale * (grpo_loss + kl_coef * kl)`; over all ranks where a group was given."""
 
     numbers: Tensor
     """`[7 + 4 G]`: loss, GRPO term, KL, entropy, clip fraction, skip, number of dropped branches;
@@ -130,6 +128,19 @@ class BranchPolicyLoss:
 
     kl_reference: Literal["given", "old"]
     """"old" where no `ref_scores` were given: the KL is then taken against the old policy."""
+
+    source: tuple[Tensor, Tensor] | None
+    """What `loss` is differentiable towards and its gradient; None where nothing needs one."""
+
+    @functools.cached_property
+    def loss(self) -> Tensor:
+        """`[]`, `scale * (grpo_loss + kl_coef * kl)`; over all ranks where a group was given."""
+        if self.source is None:
+            return self.numbers[0]
+        x, grad = self.source
+        with torch.enable_grad():  # as where it was made, even if it is first looked at elsewhere
+            loss: Tensor = LossWithGradient.apply(x, self.numbers, grad)  # type: ignore[no-untyped-call]
+        return loss
 
     @property
     def score_grad(self) -> Tensor:
@@ -273,11 +284,9 @@ def _result(
     scores: Tensor, numbers: Tensor, scale: float, ref_scores: Tensor | None
 ) -> BranchPolicyLoss:
     G = scores.shape[0]
-    if scores.requires_grad and torch.is_grad_enabled():
-        loss = LossWithGradient.apply(scores, numbers, numbers[7 : 7 + G])  # type: ignore[no-untyped-call]
-    else:
-        loss = numbers[0]
-    return BranchPolicyLoss(loss, numbers, G, scale, "old" if ref_scores is None else "given")
+    needs_grad = scores.requires_grad and torch.is_grad_enabled()
+    source = (scores, numbers[7 : 7 + G]) if needs_grad else None
+    return BranchPolicyLoss(numbers, G, scale, "old" if ref_scores is None else "given", source)
 
 
 class LossWithGradient(torch.autograd.Function):

@@ -14,7 +14,6 @@ from kvpo_kernels.errors import DtypeError, KvpoError, ShapeError
 from kvpo_kernels.ops.branch_policy_loss import (
     BranchPolicyLoss,
     ContrastiveObjective,
-    LossWithGradient,
     Nonfinite,
     announce_failure,
     branch_policy_loss,
@@ -41,6 +40,15 @@ class TveGrpoLoss(BranchPolicyLoss):
 
     numbers: Tensor
     """`[7 + 5 G]`: as in `BranchPolicyLoss`, then the energies."""
+
+    @property
+    def pred_grad(self) -> Tensor | None:
+        """`[G, S, ...]`, d(loss)/d(pred) in its dtype, None where `pred` needs no gradient.
+
+        `pred.backward(r.pred_grad)` does what `r.loss.backward()` does, without the detour through
+        the loss. Not to be written to: the latter hands out the same memory.
+        """
+        return None if self.source is None else self.source[1]
 
     @property
     def energies(self) -> Tensor:
@@ -72,8 +80,8 @@ def tve_grpo_loss(
     r"""Loss of the branches' Gibbs policy, straight from their predictions.
 
     `branch_policy_loss(-trajectory_velocity_energy(pred, target, step_weights), ...)`, but the
-    gradient for `pred` is made along with the loss, while the inputs are in the cache, and the
-    backward costs one scale: nothing where it is 1 on a CPU.
+    gradient for `pred` is made along with the loss, while the inputs are in the cache: it is
+    `pred_grad`, and the backward of `loss` costs one scale, nothing where it is 1 on a CPU.
 
         d(loss)/d(pred[g, s]) = -2 * weight[s] * score_grad[g] * (pred - target)[g, s] / N
 
@@ -140,9 +148,9 @@ def tve_grpo_loss(
         needs_grad,
         chosen,
     )
-    loss = LossWithGradient.apply(pred, numbers, grad) if needs_grad else numbers[0]  # type: ignore[no-untyped-call]
+    source = (pred, grad) if needs_grad else None
     reference: Literal["given", "old"] = "old" if ref_scores is None else "given"
-    return TveGrpoLoss(loss, numbers, pred.shape[0], scalars.scale, reference)
+    return TveGrpoLoss(numbers, pred.shape[0], scalars.scale, reference, source)
 
 
 def _over_group(
@@ -179,12 +187,12 @@ def _over_group(
         group=group,
         nonfinite=nonfinite,
     )
-    loss = r.loss
+    source = None
     if pred.requires_grad and torch.is_grad_enabled():
         grad = energy_gradient(pred.detach(), target, grad_weights, -r.score_grad, backend)
-        loss = LossWithGradient.apply(pred, r.numbers, grad)  # type: ignore[no-untyped-call]
+        source = (pred, grad)
     numbers = torch.cat([r.numbers, energies])
-    return TveGrpoLoss(loss, numbers, r.num_branches, r.scale, r.kl_reference)
+    return TveGrpoLoss(numbers, r.num_branches, r.scale, r.kl_reference, source)
 
 
 def _masked(weights: Tensor, grad_steps: Tensor | Sequence[bool]) -> Tensor:

@@ -7,6 +7,7 @@ drift that has nothing to do with the reward cancels. The control shows how much
 change is drift.
 """
 
+import datetime
 import json
 import math
 import os
@@ -178,6 +179,7 @@ def summarise(
         "iterations": config.train.iterations,
         "config": to_mapping(config),
         "torch": torch.__version__,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "arms": {
             f"{arm}-{seed}": {k: v for k, v in result.items() if k != "config"}
             for (arm, seed), result in results.items()

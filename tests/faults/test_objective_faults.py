@@ -71,7 +71,7 @@ def test_a_result_with_nonfinite_inputs_is_all_nan_and_check_names_them() -> Non
     s = torch.zeros(4)
     s[3] = -INF  # log pi = -inf gives finite terms: they must become NaN all the same
     numbers = reference.forward(s, s * 0, s * 0 + 1, None, 0.1, 0.2, 10, 20, 0, 1, 1, False)
-    r = BranchPolicyLoss(numbers[0], numbers, 4, 1.0, "old")
+    r = BranchPolicyLoss(numbers, 4, 1.0, "old", None)
     assert r.loss.isnan() and r.score_grad.isnan().all() and r.ratio.isnan().all()
     refuses(r"not finite for branches \[3\]", r.check)
 

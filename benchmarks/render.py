@@ -1,0 +1,94 @@
+"""docs/results.md, made from the JSON under benchmarks/results/ and nothing else.
+
+Run: `python benchmarks/render.py`. A test checks that the page is what this makes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
+
+
+def newest(pattern: str) -> tuple[Path, dict[str, Any]]:
+    """The file of that pattern that was measured last, by its own date."""
+    found = [(path, json.loads(path.read_text())) for path in RESULTS.glob(pattern)]
+    date = lambda item: item[1].get("environment", item[1]).get("date", "")
+    path, data = max(found, key=date)
+    return path, data
+
+
+def kernels() -> list[str]:
+    """The table of `make bench`."""
+    path, data = newest("cpu-*.json")
+    e = data["environment"]
+    lines = [
+        "## CPU kernels",
+        "",
+        f"{e['processor']}, {e['threads']} threads, {e['instructions']}; torch {e['torch']},"
+        f" Python {e['python']}; commit {e['commit'][:10]}, {e['date'][:10]}. Reproduce:"
+        f" `make bench`. Raw: [`{path.name}`](../benchmarks/results/{path.name}).",
+        "",
+        "Each row's candidates take turns in one process on the same random inputs; times are"
+        " medians. A ratio is the median, over the rounds, of the baseline's time over ours; beside"
+        " it the least one accepted.",
+        "",
+        "| op | case | ours, ms | baselines, ms | ratios |",
+        "|---|---|---:|---|---|",
+    ]
+    for r in data["records"]:
+        baselines = ", ".join(f"{n} {ms:.3g}" for n, ms in r["baselines_ms"].items())
+        checks = [c for c in r["checks"] if not c["what"].startswith("MiB")]
+        cells = "; ".join(
+            f"**{c['value']:.2f}** {c['what']} ({'bar' if c['holds'] else 'MISSES'} {c['bar']:g})"
+            for c in checks
+        )
+        lines.append(f"| {r['op']} | {r['case']} | {r['ours_ms']:.3g} | {baselines} | {cells} |")
+    extra = [r["peak_extra_bytes"] for r in data["records"] if "peak_extra_bytes" in r]
+    if extra:
+        lines += [
+            "",
+            "Peak memory of routed attention beyond inputs and outputs, forward and backward: at"
+            f" most {max(extra) / 2**20:.1f} MiB.",
+        ]
+    return lines
+
+
+def learning() -> list[str]:
+    """The controls of `kvpo-train verify`."""
+    path, data = newest("verify-*.json")
+    lines = [
+        "## Does the reference trainer learn?",
+        "",
+        f"`kvpo-train verify`: {len(data['seeds'])} training seeds, {data['iterations']} rollouts"
+        f" each, {data['minutes']:.0f} minutes; torch {data['torch']}, {data['date'][:10]}. Raw:"
+        f" [`{path.name}`](../benchmarks/results/{path.name}). Mean difference over the same"
+        " held-out prompts and noise ± its standard error over the seeds, and the mean in"
+        " standard errors.",
+        "",
+        "| measure | towards +reward minus towards -reward | real minus shuffled advantages |",
+        "|---|---|---|",
+    ]
+    for measure, signed in data["signed"].items():
+        cells = [
+            f"{g['mean']:+.3f} ± {g['error']:.3f} ({g['errors']:.1f})"
+            for g in (signed, data["plus_minus_shuffled"][measure])
+        ]
+        lines.append(f"| {measure} | {cells[0]} | {cells[1]} |")
+    word = "holds" if data["passed"] else "does **not** hold"
+    lines += [
+        "",
+        f"The signed test (more than {data['required_errors']:g} standard errors) {word}.",
+    ]
+    return lines
+
+
+def page() -> str:
+    """All of it."""
+    head = ["# Results", "", "Made by `python benchmarks/render.py`; do not edit.", ""]
+    return "\n".join([*head, *kernels(), "", *learning()]) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
