@@ -47,9 +47,9 @@ class DataConfig:
     """Writers per digit that the generator sees; the others train the reward models."""
     speed_match: float = 0.65
     """Share of the speed segments in which the prompt's word holds."""
-    segment_blocks: tuple[int, int] = (3, 5)
+    segment_blocks: tuple[int, int] = (4, 4)
     """Shortest and longest speed segment, in blocks."""
-    turn_blocks: tuple[int, int] = (7, 12)
+    turn_blocks: tuple[int, int] = (9, 9)
     """First and last block that the turn may come with."""
 
     @property

@@ -24,7 +24,7 @@ ROUTED_SPAN = 18  # how far back the routed frames of the released planner reach
 class PretrainConfig:
     """How long and how fast. The defaults made the shipped weights."""
 
-    steps: int = 1600
+    steps: int = 1400
     batch: int = 8
     learning_rate: float = 2e-3
     warmup_steps: int = 20

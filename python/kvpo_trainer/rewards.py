@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kvpo_trainer.data import DIRECTIONS, SPEEDS, DataConfig, Prompt, digit_bank, place
 
-NO_DIGIT = 10  # the classifier's class of blurs, mixtures and empty frames
+NO_DIGIT = 10  # the classifier's class of blurs, mixtures, noise and empty frames
 HEADS = ("vq", "mq", "ta")
 
 
@@ -217,12 +217,16 @@ def _digit_batch(
 
 
 def _with_no_digits(frames: Tensor, labels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    third = frames.shape[0] // 6
-    mixed = (frames[:third] + frames[third : 2 * third].roll(5, -1)) / 2
-    blurred = F.avg_pool2d(frames[:third, None], 5, 1, 2)[:, 0]
-    empty = -1 + 0.3 * torch.randn(frames[:third].shape, generator=rng)
-    none = torch.full((3 * third,), NO_DIGIT)
-    return torch.cat([frames, mixed, blurred, empty]), torch.cat([labels, none])
+    """Adds what else a generator may show: mixtures, blurs, nothing, scattered ink, noise."""
+    n = frames.shape[0] // 6
+    mixed = (frames[:n] + frames[n : 2 * n].roll(5, -1)) / 2
+    blurred = F.avg_pool2d(frames[:n, None], 5, 1, 2)[:, 0]
+    empty = -1 + 0.3 * torch.randn(frames[:n].shape, generator=rng)
+    order = torch.rand(n, frames[0].numel(), generator=rng).argsort(1)
+    scattered = frames[:n].flatten(1).gather(1, order).view_as(empty)
+    noise = torch.rand(empty.shape, generator=rng) * 2 - 1
+    none = torch.full((5 * n,), NO_DIGIT)
+    return torch.cat([frames, mixed, blurred, empty, scattered, noise]), torch.cat([labels, none])
 
 
 def _ink(videos: Tensor) -> Tensor:
