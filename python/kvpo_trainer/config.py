@@ -32,7 +32,7 @@ class ConfigurationError(ValueError):
 class TrainConfig:
     """Length and surroundings of a training run."""
 
-    iterations: int = 60
+    iterations: int = 40
     minutes: float = 0.0
     """Stop after this much training time, if more than 0."""
     evaluation_prompts: int = 40

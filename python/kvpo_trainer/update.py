@@ -26,7 +26,7 @@ class KvpoConfig:
     """One KVPO training run. Defaults are the released configuration's where it has one."""
 
     prompts_per_step: int = 4
-    learning_rate: float = 4e-5
+    learning_rate: float = 2.5e-5
     """The release trains LoRA weights of a 1.3 B model at 1e-5."""
     warmup_steps: int = 5
     weight_decay: float = 0.01
