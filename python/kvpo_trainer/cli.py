@@ -141,8 +141,12 @@ def _train(options: argparse.Namespace, config: RunConfig) -> int:
             raise session.RunError(f"{out} holds a run: pass --resume, or another --out")
         else:
             (out / "metrics.jsonl").unlink(missing_ok=True)
+        limit = config.train.minutes
         bar = tqdm(
-            total=config.train.iterations, initial=trainer.step_index, desc="KVPO", unit="rollout"
+            total=None if limit else config.train.iterations,
+            initial=trainer.step_index,
+            desc=f"KVPO, {limit:g} minutes" if limit else "KVPO",
+            unit="rollout",
         )
         last: list[StepResult] = []
 

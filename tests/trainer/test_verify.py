@@ -9,6 +9,7 @@ import pytest
 from kvpo_trainer import verify
 from kvpo_trainer.config import RunConfig, load_config, to_mapping
 from kvpo_trainer.verify import ARMS, Gap, VerifyError
+from kvpo_trainer.weights import load_weights
 
 
 def results(values: dict[str, list[float]]) -> dict[tuple[str, int], dict]:
@@ -49,6 +50,28 @@ def test_the_signed_test(plus: list[float], passed: bool) -> None:
     text = verify.table(summary)
     assert ("holds" in text and "NOT" not in text) is passed
     json.dumps(summary)
+
+
+def test_an_arm(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arms of a seed begin with the same rollout; what is done with its rewards differs."""
+    monkeypatch.setattr(verify, "load_weights", lambda: load_weights(tiny_weights))
+    settings = ["kvpo.prompts_per_step=1", "train.iterations=2", "train.evaluation_prompts=2"]
+    config = load_config(None, settings)
+    records = {}
+    for arm in ARMS:
+        verify.run_arm(config, arm, 5, tmp_path / f"{arm}.json", noises=1)
+        records[arm] = json.loads((tmp_path / f"{arm}.json").read_text())
+    for arm, record in records.items():
+        assert (record["arm"], record["seed"]) == (arm, 5)
+        assert len(record["history"]) == 2 and len(record["scores"]["reward"]) == 2
+        for key in ("reward_branches", "reward_anchor", "start_frame"):
+            assert record["history"][0][key] == records["plus"]["history"][0][key]
+    scores = [json.dumps(record["scores"]) for record in records.values()]
+    assert len(set(scores)) == 3
+    again = tmp_path / "again.json"
+    verify.run_arm(config, "minus", 5, again, noises=1)
+    assert json.loads(again.read_text())["scores"] == records["minus"]["scores"]
+    assert not list(tmp_path.glob("*.tmp*"))
 
 
 WRITE = """

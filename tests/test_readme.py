@@ -1,0 +1,37 @@
+"""The README's example runs as it stands, and its links lead somewhere."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_example() -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    scope: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert scope["out"].shape == (4, 48, 4, 64)  # type: ignore[attr-defined]
+    for name in "qkv":
+        grad = scope[name].grad  # type: ignore[attr-defined]
+        assert isinstance(grad, torch.Tensor) and grad.isfinite().all() and grad.any()
+
+
+def test_links() -> None:
+    links = [x for x in re.findall(r"\]\(([^)]+)\)", README) if not x.startswith("http")]
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_results_are_those_of_the_raw_files() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        render = importlib.import_module("render")
+    finally:
+        sys.path.pop(0)
+    assert render.PAGE.read_text() == render.page()
