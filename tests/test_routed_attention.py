@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from bench_routed_attention import peak_extra_bytes
 from cases import ROUTED, RoutedCase
 from tolerance import assert_as_accurate
 from torch import Tensor
@@ -16,7 +17,6 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from benchmarks.bench_routed_attention import peak_extra_bytes
 from kvpo_kernels import RouteTable, _native, routed_attention
 from kvpo_kernels.ops.routed_attention import BACKENDS
 

@@ -377,7 +377,8 @@ template <typename T, Element kElement> void forward(const Forward& a) {
 // Backward ---------------------------------------------------------------------------------------
 
 struct BackwardScratch {
-  float *q, *grad_out, *grad_q;   // [elements, columns] twice, [D, columns]
+  float *q, *grad_out;            // [elements, columns]
+  float* grad_q;                  // [query blocks, D, columns]
   float *q_rows, *grad_out_rows;  // [queries, D], for pairs interleaved along the queries
   float *weights, *grads;         // [keys, columns]: weights, and gradients of the scores
   float* grad_pairs;              // the latter as bf16 pairs along the keys
@@ -385,12 +386,13 @@ struct BackwardScratch {
   float *k, *v, *k_pairs;         // chunks that cannot be read in place
   float *k_sums, *v_sums;         // [live block, D]
 
-  static BackwardScratch carve(Carver& from, int head_size, int64_t live_block) {
+  static BackwardScratch carve(Carver& from, int head_size, int64_t live_block,
+                               int64_t query_blocks) {
     const size_t columns = kTileColumns, d = static_cast<size_t>(head_size);
     BackwardScratch s;
     s.q = from.floats(d * columns);
     s.grad_out = from.floats(d * columns);
-    s.grad_q = from.floats(d * columns);
+    s.grad_q = from.floats(static_cast<size_t>(query_blocks) * d * columns);
     s.q_rows = from.floats(d * columns);
     s.grad_out_rows = from.floats(d * columns);
     s.weights = from.floats(kChunkKeys * columns);
@@ -475,12 +477,20 @@ KVPO_INLINE QueryRows query_rows(const T* from, int64_t token, int queries, int 
   return {packed, head_size};
 }
 
-// The part of the backward pass that belongs to one query block: writes its grad_q if
-// `for_queries`, and adds to the sums of grad_k and grad_v for the live tokens in
-// [live_first, live_end), all of whose chunks are either in or out.
+// A query block's grad_q, which may grow over several visits; null where a visit is not about it.
+struct QueryGradient {
+  float* sums; // [D, columns]
+  bool first;  // this visit starts it, with the routed frames
+  bool last;   // this visit writes it out
+};
+
+// The part of the backward pass that belongs to one query block and to the live tokens in
+// [live_first, live_end), all of whose chunks are either in or out: adds to grad_q, and to the sums
+// of grad_k and grad_v if `for_live`.
 template <typename T, Element kElement>
-KVPO_INLINE void backward_block(const Backward& b, const QueryBlock& block, bool for_queries,
-                                int64_t live_first, int64_t live_end, const BackwardScratch& my) {
+KVPO_INLINE void backward_block(const Backward& b, const QueryBlock& block, QueryGradient grad_q,
+                                int64_t live_first, int64_t live_end, bool for_live,
+                                const BackwardScratch& my) {
   const Forward& a = b.forward;
   const Shape& s = a.shape;
   const int head_size = static_cast<int>(s.head_size), vecs = block.vecs, queries = block.queries;
@@ -496,7 +506,7 @@ KVPO_INLINE void backward_block(const Backward& b, const QueryBlock& block, bool
   load_transposed<kElement>(q, a.q.token, block, head_size, my.q);
   load_transposed<kElement>(grad_out, b.grad_out.token, block, head_size, my.grad_out);
   QueryRows q_rows{}, grad_out_rows{};
-  if (live_first < live_end) {
+  if (for_live) {
     q_rows = query_rows<kElement>(q, a.q.token, queries, head_size, my.q_rows);
     grad_out_rows =
         query_rows<kElement>(grad_out, b.grad_out.token, queries, head_size, my.grad_out_rows);
@@ -512,12 +522,13 @@ KVPO_INLINE void backward_block(const Backward& b, const QueryBlock& block, bool
     if (lse[i] != -kInf) // else all scores are -inf and no weight is above 0
       state.shift[i] = -lse[i] * kLog2e;
   }
-  if (for_queries)
-    fill(my.grad_q, static_cast<size_t>(head_size) * kTileColumns, 0.0f);
+  const bool for_queries = grad_q.sums != nullptr;
+  if (for_queries && grad_q.first)
+    fill(grad_q.sums, static_cast<size_t>(head_size) * kTileColumns, 0.0f);
 
   const auto differentiate = [&](const Chunk<T>& chunk) {
-    const bool for_live = chunk.live >= live_first && chunk.live < live_end;
-    if (!for_queries && !for_live)
+    const bool live = chunk.live >= 0, sums = live && for_live;
+    if (live && (chunk.live < live_first || chunk.live >= live_end))
       return;
     const Broadcasts k = along_head<kElement>(chunk.k, chunk.k_token, chunk.keys, head_size, my.k);
     const Broadcasts v = along_head<kElement>(chunk.v, chunk.v_token, chunk.keys, head_size, my.v);
@@ -526,7 +537,7 @@ KVPO_INLINE void backward_block(const Backward& b, const QueryBlock& block, bool
                                              my.weights, kTileColumns);
     product<false, kElement, Packed::kSteps>(chunk.keys, vecs, head_steps, v, my.grad_out,
                                              kTileColumns, my.grads, kTileColumns);
-    weigh_gradients<kElement>(factor, chunk.keys, vecs, for_queries, for_live, state, my);
+    weigh_gradients<kElement>(factor, chunk.keys, vecs, for_queries, sums, state, my);
     constexpr bool kPairs = kElement == Element::kBf16Pair;
     if (for_queries) {
       const Broadcasts k_columns =
@@ -534,9 +545,9 @@ KVPO_INLINE void backward_block(const Backward& b, const QueryBlock& block, bool
                  : k;
       product<true, kElement, Packed::kRows>(head_size, vecs, steps_of<kElement>(chunk.keys),
                                              k_columns, kPairs ? my.grad_pairs : my.grads,
-                                             kTileColumns, my.grad_q, kTileColumns);
+                                             kTileColumns, grad_q.sums, kTileColumns);
     }
-    if (for_live) {
+    if (sums) {
       const ptrdiff_t row = kTileColumns * (kPairs ? sizeof(bf16) : sizeof(float));
       const Broadcasts weights{kPairs ? my.weight_rows : my.weights, row};
       const Broadcasts grads{kPairs ? my.grad_rows : my.grads, row};
@@ -550,18 +561,19 @@ KVPO_INLINE void backward_block(const Backward& b, const QueryBlock& block, bool
     }
   };
   const int64_t kv_head = block.head / (s.heads / s.kv_heads);
-  if (for_queries)
+  if (for_queries && grad_q.first)
     for_routed_chunks<T>(a, block.row, kv_head, differentiate);
   for_live_chunks<T>(a, block.row, kv_head, differentiate);
-  if (for_queries) {
+  if (for_queries && grad_q.last) {
     fill(state.dot, kTileColumns, a.scale);
-    store_transposed(my.grad_q, state.dot, block, head_size, static_cast<T*>(b.grad_q) + out_at,
+    store_transposed(grad_q.sums, state.dot, block, head_size, static_cast<T*>(b.grad_q) + out_at,
                      out_token);
   }
 }
 
 // grad_k and grad_v of the live tokens [first, end) of one row and key head; with `for_queries`
-// also grad_q of all queries that attend to this head, which shares their work on these tokens.
+// also what these tokens, and for the first ones the routed frames, add to grad_q of all queries
+// that attend to this head.
 template <typename T, Element kElement>
 KVPO_INLINE void backward_live(const Backward& b, int64_t row, int64_t kv_head, int64_t first,
                                int64_t end, bool for_queries, const BackwardScratch& my) {
@@ -570,9 +582,11 @@ KVPO_INLINE void backward_live(const Backward& b, int64_t row, int64_t kv_head, 
   const size_t sums = static_cast<size_t>((end - first) * s.head_size);
   fill(my.k_sums, sums, 0.0f);
   fill(my.v_sums, sums, 0.0f);
-  for (int64_t i = 0; i < group * blocks; ++i)
+  for (int64_t i = 0; i < group * blocks; ++i) {
+    float* const own = for_queries ? my.grad_q + i * s.head_size * kTileColumns : nullptr;
     backward_block<T, kElement>(b, query_block(s, row, kv_head * group + i / blocks, i % blocks),
-                                for_queries, first, end, my);
+                                {own, first == 0, end == s.live_tokens}, first, end, true, my);
+  }
   const Vec scale = broadcast(b.forward.scale);
   for (int64_t t = first; t < end; ++t) {
     const int64_t to = ((row * s.live_tokens + t) * s.kv_heads + kv_head) * s.head_size;
@@ -602,26 +616,36 @@ template <typename T, Element kElement> void backward(const Backward& b) {
   const int64_t live_block = live_block_tokens(s);
   const int64_t live_blocks = s.live_tokens ? ceil_div(s.live_tokens, live_block) : 0;
   const int64_t query_blocks = ceil_div(s.queries, kTileColumns), owners = s.rows * s.kv_heads;
-  // With tasks to spare, the one that owns the first live block computes grad_q as well and saves
-  // two products over these tokens. The sums are taken in the same order either way.
-  const bool shared = live_blocks > 0 && s.queries > 0 && owners >= 4 * int64_t{a.threads};
+  const int64_t owned = s.heads / s.kv_heads * query_blocks;
+  const int64_t owned_bytes = owned * s.head_size * kTileColumns * int64_t{sizeof(float)};
+  // With tasks to spare, the one that owns the live tokens computes grad_q as well and saves two
+  // products over these tokens. The sums are taken in the same order either way.
+  const bool shared = live_blocks > 0 && s.queries > 0 && owners >= 4 * int64_t{a.threads} &&
+                      owned_bytes * a.threads <= static_cast<int64_t>(kScratchLimit / 2);
   const int64_t query_tasks = shared ? 0 : s.rows * s.heads * query_blocks;
+  const int64_t kept = shared ? owned : 1;
   Carver measure{nullptr, 0};
-  BackwardScratch::carve(measure, head_size, live_block);
+  BackwardScratch::carve(measure, head_size, live_block, kept);
+  const auto live = [&](int64_t owner, int64_t first, const BackwardScratch& my) {
+    backward_live<T, kElement>(b, owner % s.rows, owner / s.rows, first,
+                               min_of<int64_t>(first + live_block, s.live_tokens), shared, my);
+  };
   const auto task = [&](int64_t index, char* scratch) {
     Carver carver{scratch, 0};
-    const BackwardScratch my = BackwardScratch::carve(carver, head_size, live_block);
-    if (index < query_tasks) {
+    const BackwardScratch my = BackwardScratch::carve(carver, head_size, live_block, kept);
+    if (shared) {
+      for (int64_t i = 0; i < live_blocks; ++i)
+        live(index, i * live_block, my);
+    } else if (index < query_tasks) {
       const int64_t i = index / query_blocks;
       const QueryBlock block = query_block(s, i % s.rows, i / s.rows, index % query_blocks);
-      return backward_block<T, kElement>(b, block, true, 0, 0, my);
+      backward_block<T, kElement>(b, block, {my.grad_q, true, true}, 0, s.live_tokens, false, my);
+    } else {
+      const int64_t i = index - query_tasks;
+      live(i % owners, i / owners * live_block, my);
     }
-    const int64_t i = index - query_tasks, owner = i % owners, first = i / owners * live_block;
-    backward_live<T, kElement>(b, owner % s.rows, owner / s.rows, first,
-                               min_of<int64_t>(first + live_block, s.live_tokens),
-                               shared && first == 0, my);
   };
-  run_tasks(query_tasks + owners * live_blocks, a.threads, measure.used, task);
+  run_tasks(shared ? owners : query_tasks + owners * live_blocks, a.threads, measure.used, task);
 }
 
 } // namespace
