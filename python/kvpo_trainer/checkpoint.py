@@ -1,15 +1,16 @@
 """Checkpoints that survive what happens to disks: safetensors, a manifest, an atomic rename.
 
 A checkpoint is a folder `step-NNNNNN` with `state.safetensors` and `manifest.json` (size and sha256
-of the state, counters, configuration, versions). It is written under another name, flushed to disk
-and renamed, so that a folder of that name is complete or it was damaged later, which the checksum
-shows. Nothing is unpickled and no path is taken from a file's content.
+of the state, counters, configuration, versions, and its own sha256). It is written under another
+name, flushed to disk and renamed, so that a folder of that name is complete or it was damaged
+later, which the checksums show. Nothing is unpickled and no path is taken from a file's content.
 """
 
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import struct
 from collections.abc import Mapping
@@ -23,8 +24,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 log = logging.getLogger(__name__)
-STATE, MANIFEST, FORMAT = "state.safetensors", "manifest.json", 1
+STATE, MANIFEST, FORMAT = "state.safetensors", "manifest.json", 2
 _MAX_HEADER = 4 << 20  # bytes; ours are a few kilobytes
+MALFORMED = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError
+)  # fmt: skip
+"""What reading a manifest of any content can raise."""
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
 
 
@@ -49,7 +54,9 @@ def save_checkpoint(
     config: Mapping[str, Any],
     keep: int = 2,
 ) -> Path:
-    """Write `folder/step-<step_index>` and remove all but the newest `keep`.
+    """Write `folder/step-<step_index>` and remove all but the newest `keep` up to it.
+
+    Later ones are removed too: a run comes back to an earlier step only when they are damaged.
 
     Raises:
         CheckpointError: no space, no permission; what was there before is untouched.
@@ -69,19 +76,24 @@ def save_checkpoint(
             "config": dict(config),
             "torch": torch.__version__,
         }
-        temporary.mkdir()
-        _write(temporary / STATE, state)
-        _write(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _sync_folder(temporary)
-        if final.exists():  # the same step again, after a resume: the bits are the same
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync_folder(folder)
+        manifest["sha256"] = _digest(manifest)
+        # The same again, as at the end of a run: to replace it would leave a moment without it.
+        if not _holds(final, manifest):
+            temporary.mkdir()
+            _write(temporary / STATE, state)
+            _write(temporary / MANIFEST, json.dumps(manifest, indent=1).encode())
+            _sync_folder(temporary)
+            if final.exists():
+                shutil.rmtree(final)
+            temporary.rename(final)
+            _sync_folder(folder)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(f"cannot write {final}: {error}") from error
-    for old in sorted(_complete(folder))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    found = _complete(folder)
+    here = found.index(final)
+    for other in (*found[: max(0, here + 1 - keep)], *found[here + 1 :]):
+        shutil.rmtree(other, ignore_errors=True)
     return final
 
 
@@ -99,10 +111,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
         counters = {str(k): int(v) for k, v in manifest["counters"].items()}
         config = dict(manifest["config"])
         known = manifest["format"] == FORMAT
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        whole = known and manifest.pop("sha256") == _digest(manifest)
+    except MALFORMED as error:
         raise CheckpointError(f"{manifest_path}: no readable manifest ({error})") from error
     if not known:
         raise CheckpointError(f"{manifest_path}: format {manifest['format']}, expected {FORMAT}")
+    if not whole:
+        raise CheckpointError(f"{manifest_path}: sha256 differs: the file is damaged")
     tensors = load_tensors(state_path, size, digest)
     return Checkpoint(tensors, counters, config, path)
 
@@ -135,7 +150,7 @@ def load_tensors(
         raise CheckpointError(f"{path}: not a safetensors file (header length)")
     try:
         return load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CheckpointError(f"{path}: not a safetensors file ({error})") from error
 
 
@@ -146,7 +161,7 @@ def latest_checkpoint(folder: Path, strict: bool = False) -> Checkpoint | None:
         strict: raise if the newest is damaged, instead of falling back with a loud log.
     """
     damaged: list[str] = []
-    for path in sorted(_complete(folder), reverse=True):
+    for path in reversed(_complete(folder)):
         try:
             return load_checkpoint(path)
         except CheckpointError as error:
@@ -166,11 +181,25 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _complete(folder: Path) -> list[Path]:
+    """Checkpoints by step: the names have six digits or more, and do not sort as text."""
     if not folder.is_dir():
         return []
-    return [
-        p for p in folder.iterdir() if p.is_dir() and p.name[5:].isdigit() and p.name[:5] == "step-"
-    ]
+    found = [p for p in folder.iterdir() if p.is_dir() and re.fullmatch(r"step-[0-9]+", p.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]))
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _holds(path: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether an undamaged checkpoint with this manifest is there already."""
+    try:
+        load_checkpoint(path)
+        there: Any = json.loads((path / MANIFEST).read_bytes())["sha256"]
+    except (CheckpointError, *MALFORMED):
+        return False
+    return bool(there == manifest["sha256"])
 
 
 def _write(path: Path, data: bytes) -> None:

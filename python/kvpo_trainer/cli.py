@@ -21,7 +21,7 @@ from kvpo_trainer.generator import Generator
 from kvpo_trainer.pretrain import pretrain
 from kvpo_trainer.rewards import HEADS, train_reward_models
 from kvpo_trainer.update import StepResult, Trainer
-from kvpo_trainer.weights import SHIPPED, Weights, load_weights, save_weights
+from kvpo_trainer.weights import SHIPPED, Weights, fill, load_weights, save_weights
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -39,14 +39,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except session.Interrupted as stop:
         print(f"{stop}; --resume goes on", file=sys.stderr)
         return stop.exit_code
+    except KeyboardInterrupt:
+        print("kvpo-train: interrupted", file=sys.stderr)
+        return 130
     except (
         ConfigurationError,
         CheckpointError,
         session.RunError,
         verify.VerifyError,
         ValueError,
+        OSError,
     ) as error:
-        print(f"kvpo-train: {error}", file=sys.stderr)
+        print(f"kvpo-train: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -107,6 +111,7 @@ def _config(options: argparse.Namespace) -> RunConfig:
 
 
 def _pretrain(options: argparse.Namespace, config: RunConfig) -> int:
+    options.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before it all
     print("reward models and judge")
     reward_model, judge = train_reward_models(config.data, config.seed)
     bar = tqdm(total=config.pretrain.steps, desc="generator", unit="step")
@@ -130,17 +135,20 @@ def _train(options: argparse.Namespace, config: RunConfig) -> int:
     train, held_out = split_prompts()
     prompts = held_out[: config.train.evaluation_prompts]
     out: Path = options.out
-    with session.run_folder(out, config):
+    with session.run_folder(out):
         trainer = Trainer(weights.generator, weights.reward_model, train, config.kvpo, config.seed)
-        before = _evaluation(trainer.initial, weights, config, prompts, "before")
-        checkpoints = out / "checkpoints"
+        resumed = False
         if options.resume or options.strict_resume:
-            if not session.resume(trainer, out, options.strict_resume):
+            resumed = session.resume(trainer, out, options.strict_resume)
+            if not resumed:
                 print("nothing to resume: starting anew")
-        elif any(checkpoints.glob("step-*")):
+        elif any((out / "checkpoints").glob("step-*")):
             raise session.RunError(f"{out} holds a run: pass --resume, or another --out")
-        else:
-            (out / "metrics.jsonl").unlink(missing_ok=True)
+        if not resumed:
+            (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run that never saved
+        if options.figure is not None:
+            options.figure.parent.mkdir(parents=True, exist_ok=True)
+        before = _evaluation(trainer.initial, weights, config, prompts, "before")
         limit = config.train.minutes
         bar = tqdm(
             total=None if limit else config.train.iterations,
@@ -208,7 +216,6 @@ def _write_report(
     (out / "report.html").write_text(page, encoding="utf-8")
     print(f"report: {(out / 'report.html').resolve()}")
     if options.figure is not None and metrics:
-        options.figure.parent.mkdir(parents=True, exist_ok=True)
         report.readme_figure(metrics, before, after).savefig(options.figure, dpi=130)
 
 
@@ -238,10 +245,7 @@ def _policy(options: argparse.Namespace) -> Weights:
         if checkpoint is None:
             raise CheckpointError(f"{options.checkpoint}: no checkpoint")
         own = {k[7:]: v for k, v in checkpoint.tensors.items() if k.startswith("policy/")}
-        try:
-            weights.generator.load_state_dict(own)
-        except RuntimeError as error:
-            raise CheckpointError(f"{checkpoint.path}: {error}") from error
+        fill(weights.generator, own, checkpoint.path)
     return weights
 
 
@@ -258,8 +262,8 @@ def _evaluate(options: argparse.Namespace, config: RunConfig) -> int:
 def _sample(options: argparse.Namespace, config: RunConfig) -> int:
     prompts = [Prompt.parse(text) for text in options.prompts]
     weights = _policy(options)
-    result = _evaluation(weights.generator, weights, config, prompts, "sampling")
     options.out.mkdir(parents=True, exist_ok=True)
+    result = _evaluation(weights.generator, weights, config, prompts, "sampling")
     for i, prompt in enumerate(prompts):
         path = options.out / f"{i:02d}-{prompt.text.replace(',', '').replace(' ', '-')}.gif"
         path.write_bytes(report.gif(result.videos[i]))
@@ -269,6 +273,10 @@ def _sample(options: argparse.Namespace, config: RunConfig) -> int:
 
 def _verify(options: argparse.Namespace, config: RunConfig) -> int:
     started = time.perf_counter()
+    if options.seeds < 2 or options.processes < 1:
+        raise ConfigurationError(
+            "--seeds must be at least 2, which have a standard error, and --processes at least 1"
+        )
     seeds = list(range(config.seed + 1, config.seed + 1 + options.seeds))
     passed_on = ["--config", options.config] if options.config else []
     passed_on += [word for override in options.set for word in ("--set", override)]

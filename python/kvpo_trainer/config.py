@@ -6,6 +6,8 @@ file is data only: a safe loader, no interpolation, no object construction.
 
 import dataclasses
 import difflib
+import math
+import operator
 import re
 import types
 import typing
@@ -16,9 +18,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from kvpo_trainer.data import DataConfig
+from kvpo_trainer.data import DIGIT_PIXELS, DataConfig
 from kvpo_trainer.generator import GeneratorConfig
 from kvpo_trainer.pretrain import PretrainConfig
+from kvpo_trainer.sampling import SIGMAS
 from kvpo_trainer.update import KvpoConfig
 
 T = TypeVar("T")
@@ -41,12 +44,6 @@ class TrainConfig:
     save_every: int = 10
     keep_checkpoints: int = 2
 
-    def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        _at_least(self, iterations=0, evaluation_prompts=2, save_every=1, keep_checkpoints=1)
-        if not self.minutes >= 0:
-            raise ConfigurationError(f"minutes must be at least 0, got {self.minutes}")
-
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -60,6 +57,79 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse values that would fail, or mean nothing, deep inside a run."""
+        for path, (low, high) in _RANGES.items():
+            value = operator.attrgetter(path)(self)
+            if not low <= value <= high:
+                allowed = f"at least {low:g}" if high == _ANY else f"in [{low:g}, {high:g}]"
+                raise ConfigurationError(f"{path} must be {allowed}, got {value}")
+        if self.kvpo.reward_sign == 0:
+            raise ConfigurationError("kvpo.reward_sign must be 1 or -1, got 0")
+        for path, of in (
+            ("data.frames", "data.block_frames"),
+            ("data.canvas", "data.patch"),
+            ("generator.dim", "generator.heads"),
+        ):
+            value, unit = operator.attrgetter(path, of)(self)
+            if value % unit:
+                raise ConfigurationError(f"{path} must be a multiple of {of} = {unit}, got {value}")
+        for path, least in (("data.segment_blocks", 1), ("data.turn_blocks", 0)):
+            first, last = operator.attrgetter(path)(self)
+            if not least <= first <= last:
+                raise ConfigurationError(
+                    f"{path} must be two ascending numbers from {least} on, got {[first, last]}"
+                )
+
+
+_ANY = math.inf
+_POSITIVE = 1e-12  # of numbers that something is divided by
+_RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**32 - 1),  # the seeds of the steps, a million times it, fit 64 bits
+    "threads": (0, 1024),
+    "train.iterations": (0, _ANY),
+    "train.minutes": (0, _ANY),
+    "train.evaluation_prompts": (2, _ANY),  # one has no standard error
+    "train.evaluation_seed": (0, 2**32 - 1),
+    "train.save_every": (1, _ANY),
+    "train.keep_checkpoints": (1, _ANY),
+    "kvpo.prompts_per_step": (1, _ANY),
+    "kvpo.learning_rate": (0, _ANY),
+    "kvpo.warmup_steps": (0, _ANY),
+    "kvpo.weight_decay": (0, _ANY),
+    "kvpo.max_grad_norm": (_POSITIVE, _ANY),
+    "kvpo.ema": (0, 1),
+    "kvpo.rollouts_per_sync": (1, _ANY),
+    "kvpo.gradient_steps": (1, len(SIGMAS)),
+    "kvpo.sigma_floor": (_POSITIVE, _ANY),
+    "kvpo.local_weight": (0, _ANY),
+    "kvpo.global_weight": (0, _ANY),
+    "kvpo.advantage_clamp": (_POSITIVE, _ANY),
+    "kvpo.reward_sign": (-1, 1),
+    "kvpo.routing.num_branches": (2, _ANY),  # the advantage of one is not defined
+    "data.frames": (1, 1024),  # of the generator's rotary table
+    "data.block_frames": (1, _ANY),
+    "data.canvas": (DIGIT_PIXELS, 1024),
+    "data.patch": (1, _ANY),
+    "data.exemplars": (1, 100),  # of at least 174 writers per digit
+    "data.speed_match": (0, 1),
+    "generator.dim": (1, _ANY),
+    "generator.layers": (1, _ANY),
+    "generator.heads": (1, _ANY),
+    "generator.ffn_factor": (1, _ANY),
+    "generator.rope_theta": (_POSITIVE, _ANY),
+    "pretrain.steps": (0, _ANY),
+    "pretrain.batch": (1, _ANY),
+    "pretrain.learning_rate": (0, _ANY),
+    "pretrain.warmup_steps": (1, _ANY),
+    "pretrain.decay_from": (0, 1),
+    "pretrain.self_context_from": (0, 1),
+    "pretrain.self_context": (0, 1),
+    "pretrain.context_noise": (0, _ANY),
+    "pretrain.routed_share": (0, 1),
+    "pretrain.ema": (0, 1),
+}
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -105,6 +175,8 @@ def from_mapping(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
         arguments[key] = _convert(hints[key], value, where)
     try:
         return kind(**arguments)
+    except ConfigurationError:
+        raise
     except ValueError as error:
         raise ConfigurationError(f"{path or 'configuration'}: {error}") from error
 
@@ -121,7 +193,15 @@ def dump_yaml(config: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number, as in YAML 1.2, and a key may come once only."""
+    """Safe YAML in which 1e-4 is a number, as in YAML 1.2, and a key may come once only.
+
+    No aliases: a few lines of them stand for a value of any size.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"alias *{self.peek_event().anchor} is not supported")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -138,10 +218,14 @@ _Loader.add_implicit_resolver(
 )
 
 
+# PyYAML lets through what its constructors raise, as for `!!int x`, `!!bool x` and `!!timestamp x`.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError)
+
+
 def _parse(text: str, source: str, mapping: bool = True) -> Any:
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except _YAML_ERRORS as error:
         raise ConfigurationError(f"{source}: not plain YAML: {error}") from error
     if mapping:
         value = {} if value is None else value
@@ -168,13 +252,16 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         pairs = zip(items, value, strict=True)
         return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(pairs))
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigurationError(
             f"{where} must be {kind.__name__}, got {value!r} ({type(value).__name__})"
         )
-    if kind is float and value != value:
-        raise ConfigurationError(f"{where} is not a number")
+    if kind is float and not math.isfinite(value):
+        raise ConfigurationError(f"{where} must be a finite number, got {value}")
     return value
 
 
@@ -184,11 +271,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(v) for v in value]
     return value
-
-
-def _at_least(config: Any, **limits: int) -> None:
-    for name, limit in limits.items():
-        if getattr(config, name) < limit:
-            raise ConfigurationError(
-                f"{name} must be at least {limit}, got {getattr(config, name)}"
-            )

@@ -138,7 +138,7 @@ def comparison(
 
 def verdict(change: float, half_width: float) -> str:
     """What a change with this 95 % interval lets one say."""
-    if abs(change) <= half_width:
+    if not abs(change) > half_width:  # NaN too
         return "not distinguishable from no change"
     return "up" if change > 0 else "down"
 

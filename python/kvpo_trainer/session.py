@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import math
@@ -43,8 +44,8 @@ class Interrupted(Exception):
 
 
 @contextlib.contextmanager
-def run_folder(out: Path, config: RunConfig) -> Iterator[Path]:
-    """Make and lock a run's folder, and record the resolved configuration.
+def run_folder(out: Path) -> Iterator[Path]:
+    """Make and lock a run's folder.
 
     Raises:
         RunError: the folder cannot be written, or another live process has it.
@@ -52,12 +53,12 @@ def run_folder(out: Path, config: RunConfig) -> Iterator[Path]:
     lock = out / "lock"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _take_lock(lock)
-        (out / "config.yaml").write_text(dump_yaml(config))
-        remove_leftovers(out / "checkpoints")
+        with _one_at_a_time(out):
+            _take_lock(lock)
     except OSError as error:
         raise RunError(f"cannot write to {out}: {error}") from error
     try:
+        remove_leftovers(out / "checkpoints")
         yield out
     finally:
         lock.unlink(missing_ok=True)
@@ -71,11 +72,13 @@ def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All lines that are whole; a line that a kill cut short is left out."""
+    """All lines that are whole; what a kill cut short or a disk damaged is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 
@@ -87,13 +90,16 @@ def train_loop(
 ) -> int:
     """Steps until the iterations or minutes are over; returns how many were done here.
 
+    The resolved configuration is recorded first: a run that is refused before leaves no trace.
+
     SIGTERM and SIGINT let the step finish, save and raise `Interrupted`; a second one ends the
     process at once.
 
     Raises:
         Interrupted: after a signal.
-        RunError: several saves in a row failed.
+        RunError: several saves in a row failed, or the last one.
     """
+    (out / "config.yaml").write_text(dump_yaml(config))
     started, done, failures = time.perf_counter(), 0, 0
     limit = config.train.minutes * 60 or math.inf
     longest = 0.0
@@ -105,16 +111,21 @@ def train_loop(
             result = trainer.step()
             longest = max(longest, time.perf_counter() - before)
             done += 1
-            write_metrics(out / "metrics.jsonl", result.metrics)
+            try:
+                write_metrics(out / "metrics.jsonl", result.metrics)
+            except OSError as error:
+                log.error("metrics not written, training goes on: %s", error)
             on_step(result)
-            if stop or trainer.step_index % config.train.save_every == 0:
-                failures = 0 if _save(trainer, out, config) else failures + 1
             if stop:
-                raise Interrupted(stop[0])
+                break
+            if trainer.step_index % config.train.save_every == 0:
+                failures = 0 if _save(trainer, out, config) else failures + 1
             if failures >= _SAVE_FAILURES:
                 raise RunError(f"{failures} checkpoints in a row could not be written; see the log")
-    if done and not _save(trainer, out, config):
-        raise RunError("the last checkpoint could not be written; see the log")
+        if done and not _save(trainer, out, config):
+            raise RunError("the last checkpoint could not be written; see the log")
+        if stop:
+            raise Interrupted(stop[0])
     return done
 
 
@@ -129,9 +140,12 @@ def resume(trainer: Trainer, out: Path, strict: bool) -> bool:
     trainer.restore(checkpoint.tensors, checkpoint.counters)
     path = out / "metrics.jsonl"
     rows = [row for row in read_metrics(path) if row.get("step", 0) <= trainer.step_index]
-    path.unlink(missing_ok=True)
+    kept = path.with_suffix(".tmp")
+    kept.unlink(missing_ok=True)
+    kept.touch()
     for row in rows:
-        write_metrics(path, row)
+        write_metrics(kept, row)
+    kept.replace(path)  # a kill here loses no metrics
     return True
 
 
@@ -169,6 +183,18 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for which, handler in before.items():
             signal.signal(which, handler)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(out: Path) -> Iterator[None]:
+    """Only one process looks at the lock and takes it: two could find the same stale one."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems cannot
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _take_lock(lock: Path) -> None:

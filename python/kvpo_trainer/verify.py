@@ -61,6 +61,7 @@ class VerifyError(RuntimeError):
 
 def run_arm(config: RunConfig, arm: str, seed: int, out: Path, noises: int = 2) -> None:
     """Train one arm and write its per-prompt scores to `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # two arms run side by side
     weights = load_weights()
     train, held_out = split_prompts()
@@ -115,14 +116,14 @@ def run_all(
 
     Raises:
         VerifyError: an arm failed, its output is in the folder; or a result that is there already
-            is of another configuration.
+            is unreadable or of another configuration.
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(arm, seed) for seed in seeds for arm in ARMS]
     waiting = [job for job in jobs if not _result(folder, *job).exists()]
     for job in jobs:
         path = _result(folder, *job)
-        if path.exists() and json.loads(path.read_text())["config"] != _as_json(config):
+        if path.exists() and _read(path)["config"] != _as_json(config):
             raise VerifyError(
                 f"{path} is of another configuration: remove it, or use another --out"
             )
@@ -145,13 +146,13 @@ def run_all(
                     continue
                 del running[job]
                 name = f"{job[0]}-{job[1]}"
-                if process.returncode:
+                if process.returncode or not _result(folder, *job).exists():
                     raise VerifyError(f"arm {name} failed, see {folder / name}.log")
                 print(f"{name} done, {len(waiting) + len(running)} to go", flush=True)
     finally:
         for process in running.values():
             process.kill()
-    return {job: json.loads(_result(folder, *job).read_text()) for job in jobs}
+    return {job: _read(_result(folder, *job)) for job in jobs}
 
 
 def summarise(
@@ -214,6 +215,16 @@ def arm_command(arguments: Sequence[str]) -> Callable[[str, int, Path], Sequence
 
 def _as_json(config: RunConfig) -> Any:
     return json.loads(json.dumps(to_mapping(config)))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise VerifyError(f"{path} is no result of an arm: {error}") from error
+    if not isinstance(record, dict) or "config" not in record:
+        raise VerifyError(f"{path} is no result of an arm")
+    return record
 
 
 def _result(folder: Path, arm: str, seed: int) -> Path:

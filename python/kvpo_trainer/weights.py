@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from kvpo_trainer.checkpoint import MANIFEST, CheckpointError, load_tensors
+from kvpo_trainer.checkpoint import MALFORMED, MANIFEST, CheckpointError, load_tensors
 from kvpo_trainer.config import RunConfig, from_mapping, to_mapping
 from kvpo_trainer.generator import Generator
 from kvpo_trainer.rewards import Judge, RewardModel
@@ -68,22 +68,30 @@ def load_weights(folder: Path = SHIPPED) -> Weights:
         config = from_mapping(RunConfig, manifest["config"])
         files = manifest["files"]
         read = {
-            name: load_tensors(folder / name, files[name]["bytes"], files[name]["sha256"])
+            name: load_tensors(folder / name, int(files[name]["bytes"]), str(files[name]["sha256"]))
             for name in (GENERATOR, REWARDS)
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{folder / MANIFEST}: {error}") from error
     generator = Generator(config.generator, config.data)
     reward_model, judge = RewardModel(), Judge(config.data)
-    _fill(generator, read[GENERATOR], folder / GENERATOR)
+    fill(generator, read[GENERATOR], folder / GENERATOR)
     for module, prefix in ((reward_model, "reward_model/"), (judge, "judge/")):
         own = {k[len(prefix) :]: v for k, v in read[REWARDS].items() if k.startswith(prefix)}
-        _fill(module, own, folder / REWARDS)
+        fill(module, own, folder / REWARDS)
         module.requires_grad_(False)
     return Weights(generator, reward_model, judge, config)
 
 
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Put tensors read from `path` into a module.
+
+    Raises:
+        CheckpointError: a name, shape or dtype is not the module's.
+    """
+    for name, own in module.state_dict().items():
+        if name in tensors and tensors[name].dtype != own.dtype:  # torch would convert it
+            raise CheckpointError(f"{path}: {name} is {tensors[name].dtype}, expected {own.dtype}")
     try:
         module.load_state_dict(dict(tensors))
     except RuntimeError as error:

@@ -15,7 +15,6 @@ from kvpo_trainer import checkpoint as checkpoints
 from kvpo_trainer import session
 from kvpo_trainer.checkpoint import latest_checkpoint
 from kvpo_trainer.cli import main
-from kvpo_trainer.config import RunConfig
 from kvpo_trainer.weights import load_weights
 from PIL import Image
 
@@ -174,7 +173,7 @@ def test_a_folder_in_use(
     tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    with session.run_folder(out, RunConfig()):
+    with session.run_folder(out):
         assert train(tiny_weights, out, "train.iterations=1") == 2
         assert f"in use by process {os.getpid()} on {socket.gethostname()}" in (
             capsys.readouterr().err
@@ -184,12 +183,12 @@ def test_a_folder_in_use(
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (out / "lock").write_text(json.dumps({"pid": gone.pid, "host": socket.gethostname()}))
-    with session.run_folder(out, RunConfig()):
+    with session.run_folder(out):
         assert json.loads((out / "lock").read_text())["pid"] == os.getpid()
     (out / "lock").write_text(json.dumps({"pid": gone.pid, "host": "another-machine"}))
     with (
         pytest.raises(session.RunError, match="another-machine"),
-        session.run_folder(out, RunConfig()),
+        session.run_folder(out),
     ):
         pass
 
@@ -198,7 +197,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(session.RunError, match="cannot write to"),
-        session.run_folder(tmp_path / "file" / "run", RunConfig()),
+        session.run_folder(tmp_path / "file" / "run"),
     ):
         pass
 

@@ -1,10 +1,13 @@
 """The configuration: strict, and errors that name the key."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kvpo_trainer.cli import CONFIGS
 from kvpo_trainer.config import (
+    _RANGES,
     ConfigurationError,
     RunConfig,
     dump_yaml,
@@ -57,15 +60,39 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("data: {turn_blocks: [1, a]}", r"data.turn_blocks\[1\] must be int, got 'a'"),
         ("kvpo: {routing: {selection: best}}", r"kvpo.routing.*selection.*best"),
         ("kvpo: {objective: {clip_range_low: 2.0}}", r"kvpo.objective: clip_range_low must be in"),
-        ("train: {evaluation_prompts: 1}", r"train: evaluation_prompts must be at least 2, got 1"),
-        ("train: {minutes: -1}", r"train: minutes must be at least 0"),
-        ("train: {minutes: .nan}", r"train.minutes is not a number"),
+        ("train: {evaluation_prompts: 1}", r"train.evaluation_prompts must be at least 2, got 1"),
+        ("train: {minutes: -1}", r"train.minutes must be at least 0"),
+        ("train: {minutes: .nan}", r"train.minutes must be a finite number"),
         ("seed: 1\nseed: 2", r"not plain YAML: seed given twice.*line 1"),
         ("- 1\n- 2", r"must hold keys and values"),
         ("just words", r"must hold keys and values"),
         ("a: [", r"not plain YAML"),
         ("!!python/object/apply:os.system ['true']", r"not plain YAML"),
         ("seed: !!python/name:os.system", r"not plain YAML"),
+        ("seed: !!python/object/new:os.system [x]", r"not plain YAML"),
+        ("_target_: os.system", r"unknown key _target_"),
+        ("seed: ${oc.env:HOME}", r"seed must be int, got '\$\{oc.env:HOME\}' \(str\)"),
+        # What PyYAML's constructors raise is not all of its own kind.
+        ("seed: 2020-13-45", r"c.yaml: not plain YAML"),
+        ("seed: !!timestamp soon", r"c.yaml: not plain YAML"),
+        ("seed: !!bool maybe", r"c.yaml: not plain YAML"),
+        ("seed: !!int abc", r"c.yaml: not plain YAML"),
+        (f"seed: {'1' * 5000}", r"c.yaml: not plain YAML"),
+        ("[" * 5000, r"c.yaml: not plain YAML"),
+        ("seed: \0", r"c.yaml: not plain YAML"),
+        ("? [1]\n: 2", r"c.yaml: not plain YAML"),
+        ("1: 2", r"unknown key 1;"),
+        ("train:", r"train is a section, got None"),
+        (f"kvpo: {{learning_rate: 1{'0' * 400}}}", r"kvpo.learning_rate must be a finite number"),
+        ("kvpo: {rewards: {vq: -.inf}}", r"kvpo.rewards.vq must be a finite number, got -inf"),
+        ("kvpo: {rewards: {ta: true}}", r"kvpo.rewards.ta must be float, got True \(bool\)"),
+        ("kvpo: {shuffle_advantages: 1}", r"kvpo.shuffle_advantages must be bool, got 1 \(int\)"),
+        ("kvpo: {reward_sign: 0}", r"kvpo.reward_sign must be 1 or -1, got 0"),
+        ("data: {frames: 58}", r"data.frames must be a multiple of data.block_frames = 3, got 58"),
+        ("data: {canvas: 18}", r"data.canvas must be a multiple of data.patch = 4, got 18"),
+        ("generator: {dim: 97}", r"generator.dim must be a multiple of generator.heads = 3"),
+        ("data: {turn_blocks: [9, 3]}", r"data.turn_blocks must be two ascending .*\[9, 3\]"),
+        ("data: {segment_blocks: [0, 2]}", r"data.segment_blocks must be two ascending .* from 1"),
     ],
 )
 def test_refused_with_the_key(tmp_path: Path, text: str, match: str) -> None:
@@ -87,6 +114,11 @@ def test_unreadable_files(tmp_path: Path) -> None:
         ("=1", "not of the form"),
         ("seed.a=1", "seed"),
         ("kvpo.nothing=1", "unknown key kvpo.nothing"),
+        ("kvpo.=1", "unknown key kvpo.;"),
+        (".seed=1", "unknown key ;"),
+        ("seed=", "seed must be int, got None"),
+        ("train=3", "train is a section, got 3"),
+        ("train.iterations=*x", "not plain YAML"),
         ("train.iterations=[", "not plain YAML"),
     ],
 )
@@ -97,3 +129,45 @@ def test_bad_overrides(tmp_path: Path, override: str, match: str) -> None:
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
     assert loaded(tmp_path, "# nothing\n") == RunConfig()
+
+
+def test_a_few_lines_do_not_become_a_value_of_any_size(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    lines += ["kvpo: *a11"]
+    with pytest.raises(ConfigurationError, match=r"alias \*a0 is not supported"):
+        loaded(tmp_path, "\n".join(lines))
+
+
+def leaves(config: Any, path: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, where = getattr(config, field.name), f"{path}{field.name}"
+        found |= leaves(value, f"{where}.") if dataclasses.is_dataclass(value) else {where: value}
+    return found
+
+
+@pytest.mark.parametrize("path", _RANGES)
+def test_ranges(path: str) -> None:
+    low, high = _RANGES[path]
+    whole = isinstance(leaves(RunConfig())[path], int)
+    outside = [low - 1] + ([high + 1] if high != float("inf") else [])
+    for value in outside:
+        with pytest.raises(ConfigurationError, match=rf"^{path} must be .*, got "):
+            load_config(None, [f"{path}={int(value) if whole else value}"])
+    if path not in ("data.frames", "data.canvas", "data.patch", "generator.dim"):  # multiples
+        inside = int(low) if whole else low
+        if path != "kvpo.reward_sign":
+            assert leaves(load_config(None, [f"{path}={inside}"]))[path] == inside
+
+
+def test_every_number_has_a_range() -> None:
+    """A new key is not forgotten; those left out check themselves, or may be any number."""
+    own = ("kvpo.routing.", "kvpo.objective.", "kvpo.rewards.")
+    numbers = {
+        path
+        for path, value in leaves(RunConfig()).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    unchecked = {path for path in numbers - set(_RANGES) if not path.startswith(own)}
+    assert not unchecked and set(_RANGES) <= numbers
