@@ -1,6 +1,6 @@
-"""docs/results.md, made from the JSON under benchmarks/results/ and nothing else.
+"""docs/results.md and the README's numbers, from the JSON under benchmarks/results/ alone.
 
-Run: `python benchmarks/render.py`. A test checks that the page is what this makes.
+Run: `python benchmarks/render.py`. A test checks that both are what this makes.
 """
 
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
+README, BEGIN, END = ROOT / "README.md", "<!-- numbers -->\n", "<!-- /numbers -->"
 
 
 def newest(pattern: str) -> tuple[Path, dict[str, Any]]:
@@ -90,5 +91,40 @@ def page() -> str:
     return "\n".join([*head, *kernels(), "", *learning()]) + "\n"
 
 
+def readme(text: str) -> str:
+    """The README with its numbers made anew."""
+    _, data = newest("cpu-*.json")
+    e = data["environment"]
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for r in data["records"]:
+        dtype = "bfloat16" if "bfloat16" in r["case"] else "float32"
+        best = min(c["value"] for c in r["checks"] if c["what"].startswith("x "))
+        ratios.setdefault((r["op"], dtype), []).append(best)
+    lines = [
+        f"How many times faster than the best of torch {e['torch']} (eager or compiled, per shape)"
+        f" on {e['threads']} threads of an {e['processor']} ({e['instructions'].split()[0]});"
+        " lowest and highest of the shapes:",
+        "",
+        "| | float32 | bfloat16 |",
+        "|---|---:|---:|",
+    ]
+    for op in dict.fromkeys(op for op, _ in ratios):
+        cells = [f"{min(v):.1f} to {max(v):.1f}" for v in (ratios[op, d] for d in DTYPES)]
+        lines.append(f"| {op} | {cells[0]} | {cells[1]} |")
+    _, v = newest("verify-*.json")
+    g = v["signed"]["reward"]
+    lines += [
+        "",
+        f"It learns: {len(v['seeds'])} seeds trained for {v['iterations']} rollouts towards +reward"
+        f" end {g['mean']:.2f} ± {g['error']:.2f} above the same towards -reward, on held-out"
+        " prompts.",
+    ]
+    before, rest = text.split(BEGIN)
+    return before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1]
+
+
+DTYPES = ("float32", "bfloat16")
+
 if __name__ == "__main__":
     PAGE.write_text(page())
+    README.write_text(readme(README.read_text()))
