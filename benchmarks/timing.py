@@ -38,7 +38,7 @@ def synced_clock() -> float:
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], *, rounds: int = 15, min_sample_ms: float = 5.0
+    candidates: Mapping[str, Callable[[], object]], *, rounds: int = 15, min_sample_ms: float = 20.0
 ) -> dict[str, Timing]:
     """Time the candidates in turns; a sample repeats a call until it lasts `min_sample_ms`.
 

@@ -50,6 +50,11 @@ bool streams(const NormRopeShape& s, const void* data, std::initializer_list<int
   return aligned && s.rows * s.tokens * s.heads * s.head_size * kSize >= kStreamBytes;
 }
 
+template <typename T> KVPO_INLINE void prefetch(const T* data, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T)))
+    __builtin_prefetch(data + i);
+}
+
 // One token: head h of the result goes to out + h * head_stride.
 template <bool kStream, typename T>
 KVPO_INLINE void token_forward(const NormRopeForward& a, const T* x, const float* cosines,
@@ -101,19 +106,30 @@ struct Angles {
   }
 };
 
-// Calls token(angles of the token, row, token) for every token of every row, in parallel over runs.
-template <bool kStream, typename Token>
-void for_each_token(const NormRopeForward& a, const Token& token) {
+// Where a token's input lies, and that of the token two calls later: a row's part of a run is so
+// short that the hardware's prefetcher would begin anew at each.
+struct Token {
+  int64_t row, n, at, soon;
+};
+
+// Calls visit(angles of the token, token) for every token of every row, in parallel over runs.
+template <bool kStream, typename Visit>
+void for_each_token(const NormRopeForward& a, const Visit& visit) {
   const auto& s = a.shape;
-  const int64_t D = s.head_size, run = Angles::run(D), runs = (s.tokens + run - 1) / run;
+  const int64_t D = s.head_size, C = s.heads * D, run = Angles::run(D),
+                runs = (s.tokens + run - 1) / run;
 #pragma omp parallel for num_threads(a.threads) schedule(static)
   for (int64_t i = 0; i < runs; ++i) {
     const int64_t first = i * run, last = min_of<int64_t>(s.tokens, first + run);
     Angles angles;
     angles.expand(a, first, last, 1.0f);
     for (int64_t b = 0; b < s.rows; ++b)
-      for (int64_t n = first; n < last; ++n)
-        token(angles.cosines + (n - first) * D, angles.sines + (n - first) * D, b, n);
+      for (int64_t n = first; n < last; ++n) {
+        const int64_t wrap = n + 2 < last ? 0 : s.tokens - (last - first);
+        const int64_t soon = min_of(b * s.tokens + n + 2 + wrap, s.rows * s.tokens - 1);
+        visit(angles.cosines + (n - first) * D, angles.sines + (n - first) * D,
+              Token{b, n, (b * s.tokens + n) * C, soon * C});
+      }
     if constexpr (kStream)
       stream_fence();
   }
@@ -122,10 +138,11 @@ void for_each_token(const NormRopeForward& a, const Token& token) {
 template <bool kStream, typename T> void forward(const NormRopeForward& a) {
   const auto& s = a.shape;
   const int64_t C = s.heads * s.head_size;
-  for_each_token<kStream>(a, [&](const float* cosines, const float* sines, int64_t b, int64_t n) {
-    const int64_t at = (b * s.tokens + n) * C;
-    token_forward<kStream>(a, static_cast<const T*>(a.x) + at, cosines, sines,
-                           static_cast<T*>(a.out) + at, s.head_size);
+  for_each_token<kStream>(a, [&](const float* cosines, const float* sines, Token token) {
+    const T* const x = static_cast<const T*>(a.x);
+    prefetch(x + token.soon, C);
+    token_forward<kStream>(a, x + token.at, cosines, sines, static_cast<T*>(a.out) + token.at,
+                           s.head_size);
   });
 }
 
@@ -133,13 +150,16 @@ template <bool kStream, typename T> void write(const NormRopeWrite& w) {
   const NormRopeForward& a = w.keys;
   const auto& s = a.shape;
   const int64_t C = s.heads * s.head_size, frames = s.tokens / w.frame_tokens;
-  for_each_token<kStream>(a, [&](const float* cosines, const float* sines, int64_t b, int64_t n) {
-    const int64_t frame = n / w.frame_tokens, t = n % w.frame_tokens;
-    const int64_t at = (b * s.tokens + n) * C, slot = w.slots[b * frames + frame];
+  for_each_token<kStream>(a, [&](const float* cosines, const float* sines, Token token) {
+    const T *const x = static_cast<const T*>(a.x), *const values = static_cast<const T*>(w.v);
+    prefetch(x + token.soon, C);
+    prefetch(values + token.soon, C);
+    const int64_t frame = token.n / w.frame_tokens, t = token.n % w.frame_tokens;
+    const int64_t slot = w.slots[token.row * frames + frame];
     T* k = static_cast<T*>(w.k_pool.data) + slot * w.k_pool.slot + t * w.k_pool.token;
     T* v = static_cast<T*>(w.v_pool.data) + slot * w.v_pool.slot + t * w.v_pool.token;
-    token_forward<kStream>(a, static_cast<const T*>(a.x) + at, cosines, sines, k, w.k_pool.head);
-    token_copy<kStream>(s, static_cast<const T*>(w.v) + at, v, w.v_pool.head);
+    token_forward<kStream>(a, x + token.at, cosines, sines, k, w.k_pool.head);
+    token_copy<kStream>(s, values + token.at, v, w.v_pool.head);
   });
 }
 

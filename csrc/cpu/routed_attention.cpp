@@ -251,7 +251,10 @@ struct ForwardScratch {
 
 // The running softmax of a query block. A weight is 2^(score * factor + shift) with factor =
 // |scale| log2(e) and shift = -factor * (largest score so far), in log2 units; the shift is kept
-// rather than the largest score, so that its rounding cancels in lse and in the rescaling.
+// rather than the largest score, so that its rounding cancels in lse and in the rescaling. It may
+// lag behind by kSlack: a weight up to 2^kSlack costs no accuracy, while rescaling costs as much as
+// the weights of half a chunk. Lane by lane, so that a query's bits do not depend on the others'.
+constexpr float kSlack = 8.0f;
 struct RunningSoftmax {
   alignas(64) float shift[kTileColumns];
   alignas(64) float sum[kTileColumns];
@@ -275,15 +278,16 @@ KVPO_INLINE void weigh_chunk(float factor, int keys, int vecs, int head_size, fl
     largest = max_of(largest, other);
 
     Vec shift = load(softmax.shift + column), sum = load(softmax.sum + column);
-    const Vec smaller = min_of(mul(largest, broadcast(-factor)), shift);
-    if (any_greater(shift, smaller)) {
-      const Vec keep = exp2(sub(smaller, shift)); // exactly 1 for a lane that did not change
+    const Vec exact = mul(largest, broadcast(-factor)), bound = add(exact, broadcast(kSlack));
+    if (any_greater(shift, bound)) {
+      const Vec next = where_greater(shift, bound, exact, shift);
+      const Vec keep = exp2(sub(next, shift)); // exactly 1 for a lane that did not change
       sum = mul(sum, keep);
       for (int d = 0; d < head_size; ++d) {
         float* o = out + d * kTileColumns + column;
         store(o, mul(load(o), keep));
       }
-      shift = smaller;
+      shift = next;
       store(softmax.shift + column, shift);
     }
     Vec even = zero(), odd = zero();

@@ -149,8 +149,8 @@ KVPO_INLINE Vec swap_pairs(Vec v) {
 KVPO_INLINE bool any_greater(Vec a, Vec b) {
   return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0;
 }
-KVPO_INLINE Vec min_of(Vec a, Vec b) {
-  return _mm512_min_ps(a, b);
+KVPO_INLINE Vec where_greater(Vec a, Vec b, Vec yes, Vec no) { // no where a or b is NaN
+  return _mm512_mask_mov_ps(no, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), yes);
 }
 KVPO_INLINE Vec scale_by_power_of_two(Vec p, Vec n) {
   return _mm512_scalef_ps(p, n);
@@ -272,6 +272,9 @@ KVPO_INLINE Vec swap_pairs(Vec v) {
 KVPO_INLINE bool any_greater(Vec a, Vec b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
 }
+KVPO_INLINE Vec where_greater(Vec a, Vec b, Vec yes, Vec no) { // no where a or b is NaN
+  return _mm256_blendv_ps(no, yes, _mm256_cmp_ps(a, b, _CMP_GT_OQ));
+}
 // n must be >= -126: the exponent field is added to directly.
 KVPO_INLINE Vec scale_by_power_of_two(Vec p, Vec n) {
   const __m256i exponent = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
@@ -279,9 +282,6 @@ KVPO_INLINE Vec scale_by_power_of_two(Vec p, Vec n) {
 }
 KVPO_INLINE Vec round_to_integer(Vec x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-KVPO_INLINE Vec min_of(Vec a, Vec b) {
-  return _mm256_min_ps(a, b);
 }
 KVPO_INLINE Vec clear_where_less(Vec v, Vec x, Vec bound) { // 0 where x < bound, else v
   return _mm256_and_ps(v, _mm256_cmp_ps(x, bound, _CMP_NLT_UQ));
@@ -368,6 +368,9 @@ KVPO_INLINE bool any_greater(const Vec& a, const Vec& b) {
       return true;
   return false;
 }
+KVPO_INLINE Vec where_greater(const Vec& a, const Vec& b, const Vec& yes, const Vec& no) {
+  return each([&](int i) { return a.lane[i] > b.lane[i] ? yes.lane[i] : no.lane[i]; });
+}
 // n must be >= -126, or the lane be cleared afterwards; the comparison keeps NaN off the cast.
 KVPO_INLINE Vec scale_by_power_of_two(const Vec& p, const Vec& n) {
   return each([&](int i) {
@@ -377,9 +380,6 @@ KVPO_INLINE Vec scale_by_power_of_two(const Vec& p, const Vec& n) {
 }
 KVPO_INLINE Vec round_to_integer(const Vec& x) {
   return each([&](int i) { return __builtin_nearbyintf(x.lane[i]); });
-}
-KVPO_INLINE Vec min_of(const Vec& a, const Vec& b) {
-  return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
 }
 KVPO_INLINE Vec clear_where_less(const Vec& v, const Vec& x, const Vec& bound) {
   return each([&](int i) { return x.lane[i] < bound.lane[i] ? 0.0f : v.lane[i]; });

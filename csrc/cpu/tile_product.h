@@ -30,8 +30,9 @@ struct Broadcasts { // the operand A
   ptrdiff_t stride; // in bytes, of the index that is not packed
 };
 
-// Walks over the cache lines of kRows rows, one per step of a tile's sum, so that fetching what is
-// needed next is spread over the arithmetic. The hardware does not follow rows this far apart.
+// Walks over the cache lines of kRows rows, one per two steps of a tile's sum (which is how many
+// there are), so that fetching what is needed next is spread over the arithmetic. The hardware does
+// not follow rows this far apart.
 template <int kRows, int kLocality> struct Prefetch {
   const char* line;
   ptrdiff_t stride;
@@ -75,8 +76,10 @@ KVPO_INLINE void one_tile(int steps, const char* a, ptrdiff_t stride, const floa
   Prefetch<kRows, 2> used_after{static_cast<const char*>(after.data), after.stride}; // into L2
   for (int k = 0; k < steps; ++k, a += step, b += b_row) {
     if (kPacked == Packed::kSteps) {
-      next_rows.next();
-      used_after.next();
+      if (k % 2 == 0)
+        next_rows.next();
+      else
+        used_after.next();
     }
     Vec columns[kVecs];
 #pragma GCC unroll 16
