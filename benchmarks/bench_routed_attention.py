@@ -160,7 +160,7 @@ def measure(quick: bool, threads: int) -> list[Record]:
             extra = peak_extra_bytes(work.ours_with_gradients)
             peak, peak_operations = peak_call(dtype, threads)
             for op, calls in candidates(work, quick).items():
-                timings = interleaved({**calls, "peak": peak}, rounds=11)
+                timings = interleaved({**calls, "peak": peak}, quick=quick)
                 ours = timings.pop("ours")
                 peak_gflops = peak_operations / timings.pop("peak").min_ms / 1e6
                 flops = work.forward_flops()

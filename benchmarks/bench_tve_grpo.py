@@ -82,7 +82,7 @@ def measure(quick: bool, threads: int) -> list[Record]:
     """Measure in this process, whatever its allocator does."""
     rows = []
     for numel, dtype, bar_compile, bar_eager in CASES:
-        timings = interleaved(candidates(numel, dtype), rounds=10 if quick else 25)
+        timings = interleaved(candidates(numel, dtype), quick=quick)
         ours, autograd = timings.pop("ours"), timings.pop("ours_autograd")
         ratios = {n: ratio(t, ours) for n, t in timings.items()}
         moved = 5 * BRANCHES * STEPS * numel * dtype.itemsize  # two reads of both, one write

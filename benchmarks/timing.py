@@ -38,9 +38,17 @@ def synced_clock() -> float:
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], *, rounds: int = 15, min_sample_ms: float = 20.0
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    quick: bool = False,
+    rounds: int = 11,
+    min_sample_ms: float = 5.0,
+    min_seconds: float = 8.0,
 ) -> dict[str, Timing]:
     """Time the candidates in turns; a sample repeats a call until it lasts `min_sample_ms`.
+
+    There are at least `rounds` of turns and, unless `quick`, as many as fit in `min_seconds`: a
+    neighbour's burst on a shared machine, some seconds long, is then not all there is to see.
 
     The first call of each (compilation, page faults, thread start) is not counted, and the order
     is reversed every other round so that none always follows the same neighbour.
@@ -54,7 +62,8 @@ def interleaved(
         repeats[name] = max(1, round(min_sample_ms / max(once_ms, 1e-3)))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
     order = list(candidates)
-    for _ in range(rounds):
+    started = synced_clock()
+    while len(samples[order[0]]) < rounds or (not quick and synced_clock() - started < min_seconds):
         for name in order:
             call, n = candidates[name], repeats[name]
             start = synced_clock()

@@ -7,6 +7,7 @@ is, read the `BACKENDS` tuple of the op. A named backend never falls back to ano
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -31,8 +32,8 @@ class Backend(Generic[Problem]):
     why_not: Callable[[Problem], str | None]
 
     def load(self) -> ModuleType:
-        """Import the implementation."""
-        return importlib.import_module(self.module)
+        """Import the implementation; the second time, a dictionary's look-up."""
+        return sys.modules.get(self.module) or importlib.import_module(self.module)
 
 
 def select(
@@ -46,11 +47,12 @@ def select(
         BackendUnavailable: with the reason of every backend that was asked.
     """
     name = name if name is not None else DEFAULT_BACKEND
-    known = {b.name: b for b in backends}
-    if name is not None and name not in known:
-        raise BackendUnavailable(op, {name: f"unknown; the table has {', '.join(known)}"})
+    asked = backends if name is None else tuple(b for b in backends if b.name == name)
+    if not asked:
+        known = ", ".join(b.name for b in backends)
+        raise BackendUnavailable(op, {str(name): f"unknown; the table has {known}"})
     reasons: dict[str, str] = {}
-    for backend in backends if name is None else (known[name],):
+    for backend in asked:
         why = backend.why_not(problem)
         if why is None:
             return backend

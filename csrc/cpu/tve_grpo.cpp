@@ -50,16 +50,22 @@ void chunk_gradient(const T* p, const T* t, float k, T* out, int64_t n, bool str
     for (; i < n && reinterpret_cast<uintptr_t>(out + i) % 64 != 0; ++i)
       one(i);
   const Vec factor = broadcast(k);
-  if (k == 0.0f) {
-    for (; i + kWidth <= n; i += kWidth)
-      streaming ? stream(out + i, zero()) : store(out + i, zero());
-  } else if (streaming) {
-    for (; i + kWidth <= n; i += kWidth)
-      stream(out + i, mul(sub(load(p + i), load(t + i)), factor));
-  } else {
-    for (; i + kWidth <= n; i += kWidth)
-      store(out + i, mul(sub(load(p + i), load(t + i)), factor));
+  const auto product = [&](int64_t j) { return mul(sub(load(p + j), load(t + j)), factor); };
+  const auto put = [&](int64_t j, const Vec& v) {
+    streaming ? stream(out + j, v) : store(out + j, v);
+  };
+  // Many loads, then their stores: malloc places tensors of whole pages 64 bytes apart within a
+  // page, and a core takes a load for dependent on a store whose address ends in the same 12 bits.
+  constexpr int kTogether = 16;
+  for (; k != 0.0f && i + kTogether * kWidth <= n; i += kTogether * kWidth) {
+    Vec products[kTogether];
+    for (int j = 0; j < kTogether; ++j)
+      products[j] = product(i + j * kWidth);
+    for (int j = 0; j < kTogether; ++j)
+      put(i + j * kWidth, products[j]);
   }
+  for (; i + kWidth <= n; i += kWidth)
+    put(i, k == 0.0f ? zero() : product(i));
   for (; i < n; ++i)
     one(i);
 }
