@@ -50,9 +50,11 @@ bool streams(const NormRopeShape& s, const void* data, std::initializer_list<int
   return aligned && s.rows * s.tokens * s.heads * s.head_size * kSize >= kStreamBytes;
 }
 
+// A token's values into L2; those of a page or more are long enough for the hardware's prefetcher.
 template <typename T> KVPO_INLINE void prefetch(const T* data, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T)))
-    __builtin_prefetch(data + i);
+  constexpr int64_t kPage = 4096, kSize = sizeof(T);
+  for (int64_t i = 0; n * kSize < kPage && i < n; i += 64 / kSize)
+    __builtin_prefetch(data + i, 0, 2);
 }
 
 // One token: head h of the result goes to out + h * head_stride.
