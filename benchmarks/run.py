@@ -30,8 +30,8 @@ def environment(threads: int) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": _git("status", "--porcelain", "--", "kvpo_kernels", "csrc", "benchmarks"),
         "command": " ".join(["python", *sys.argv]),
-        "threads": threads,
         **doctor.facts(),
+        "threads": threads,
     }
 
 

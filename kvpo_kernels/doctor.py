@@ -120,7 +120,7 @@ def facts() -> dict[str, str]:
         "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
         **{name: _version(name) for name in ("torch", "triton", "numpy")},
         "processor": f"{processor()}, {os.cpu_count()} logical cores",
-        "threads": f"{torch.get_num_threads()} (torch.get_num_threads())",
+        "threads": str(torch.get_num_threads()),
         "native module": how,
     }
     if module is not None:

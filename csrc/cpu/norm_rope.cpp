@@ -50,21 +50,23 @@ bool streams(const NormRopeShape& s, const void* data, std::initializer_list<int
   return aligned && s.rows * s.tokens * s.heads * s.head_size * kSize >= kStreamBytes;
 }
 
-// A token's values into L2; those of a page or more are long enough for the hardware's prefetcher.
-template <typename T> KVPO_INLINE void prefetch(const T* data, int64_t n) {
-  constexpr int64_t kPage = 4096, kSize = sizeof(T);
-  for (int64_t i = 0; n * kSize < kPage && i < n; i += 64 / kSize)
+// The line at `data + i` into L2, once per line. Asked for one by one between the stores of a token
+// two calls earlier, reads and writes overlap; asked for at once, they fill the core's miss
+// buffers.
+template <typename T> KVPO_INLINE void prefetch(const T* data, int64_t i) {
+  if (i % (64 / static_cast<int64_t>(sizeof(T))) == 0)
     __builtin_prefetch(data + i, 0, 2);
 }
 
-// One token: head h of the result goes to out + h * head_stride.
+// One token: head h of the result goes to out + h * head_stride. `soon` is a later token's input.
 template <bool kStream, typename T>
 KVPO_INLINE void token_forward(const NormRopeForward& a, const T* x, const float* cosines,
-                               const float* sines, T* out, int64_t head_stride) {
+                               const float* sines, T* out, int64_t head_stride, const T* soon) {
   const int64_t D = a.shape.head_size;
   const Vec r = broadcast(inverse_rms(x, a.shape.heads * D, a.eps));
   for (int64_t h = 0; h < a.shape.heads; ++h)
     for (int64_t d = 0; d < D; d += kWidth) {
+      prefetch(soon, h * D + d);
       const Vec y = mul(mul(load(x + h * D + d), r), load(a.weight + h * D + d));
       const Vec turned = fma(y, load(cosines + d), mul(swap_pairs(y), load(sines + d)));
       if constexpr (kStream)
@@ -75,17 +77,21 @@ KVPO_INLINE void token_forward(const NormRopeForward& a, const T* x, const float
 }
 
 template <bool kStream, typename T>
-KVPO_INLINE void token_copy(const NormRopeShape& s, const T* from, T* out, int64_t head_stride) {
+KVPO_INLINE void token_copy(const NormRopeShape& s, const T* from, T* out, int64_t head_stride,
+                            const T* soon) {
+  constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t h = 0; h < s.heads; ++h) {
-    const T* const x = from + h * s.head_size;
+    const T *const x = from + h * s.head_size, *const later = soon + h * s.head_size;
     T* const to = out + h * head_stride;
-    if constexpr (kStream) { // whole lines, whatever the elements are
-      const float* const words = reinterpret_cast<const float*>(x);
-      for (int64_t i = 0; i < s.head_size * static_cast<int64_t>(sizeof(T)) / 4; i += kWidth)
-        stream(reinterpret_cast<float*>(to) + i, load(words + i));
-    } else {
-      std::memcpy(to, x, static_cast<size_t>(s.head_size) * sizeof(T));
+    for (int64_t d = 0; d < s.head_size; d += kLine) {
+      prefetch(later, d);
+      if constexpr (kStream) // whole lines, whatever the elements are
+        for (int64_t i = 0; i < 16; i += kWidth)
+          stream(reinterpret_cast<float*>(to + d) + i,
+                 load(reinterpret_cast<const float*>(x + d) + i));
     }
+    if constexpr (!kStream)
+      std::memcpy(to, x, static_cast<size_t>(s.head_size) * sizeof(T));
   }
 }
 
@@ -142,9 +148,8 @@ template <bool kStream, typename T> void forward(const NormRopeForward& a) {
   const int64_t C = s.heads * s.head_size;
   for_each_token<kStream>(a, [&](const float* cosines, const float* sines, Token token) {
     const T* const x = static_cast<const T*>(a.x);
-    prefetch(x + token.soon, C);
     token_forward<kStream>(a, x + token.at, cosines, sines, static_cast<T*>(a.out) + token.at,
-                           s.head_size);
+                           s.head_size, x + token.soon);
   });
 }
 
@@ -154,14 +159,12 @@ template <bool kStream, typename T> void write(const NormRopeWrite& w) {
   const int64_t C = s.heads * s.head_size, frames = s.tokens / w.frame_tokens;
   for_each_token<kStream>(a, [&](const float* cosines, const float* sines, Token token) {
     const T *const x = static_cast<const T*>(a.x), *const values = static_cast<const T*>(w.v);
-    prefetch(x + token.soon, C);
-    prefetch(values + token.soon, C);
     const int64_t frame = token.n / w.frame_tokens, t = token.n % w.frame_tokens;
     const int64_t slot = w.slots[token.row * frames + frame];
     T* k = static_cast<T*>(w.k_pool.data) + slot * w.k_pool.slot + t * w.k_pool.token;
     T* v = static_cast<T*>(w.v_pool.data) + slot * w.v_pool.slot + t * w.v_pool.token;
-    token_forward<kStream>(a, x + token.at, cosines, sines, k, w.k_pool.head);
-    token_copy<kStream>(s, values + token.at, v, w.v_pool.head);
+    token_forward<kStream>(a, x + token.at, cosines, sines, k, w.k_pool.head, x + token.soon);
+    token_copy<kStream>(s, values + token.at, v, w.v_pool.head, values + token.soon);
   });
 }
 
