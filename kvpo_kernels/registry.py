@@ -68,4 +68,6 @@ def reasons(backends: tuple[Backend[Problem], ...], problem: Problem) -> dict[st
 # Facts about this process, fixed at import. Constants, not cached functions: torch.compile ignores
 # the cache and would trace the look-up.
 HAS_NATIVE: Final = importlib.util.find_spec("kvpo_kernels._native") is not None
+HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
+TRITON_INTERPRETS: Final = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 DEFAULT_BACKEND: Final = os.environ.get("KVPO_BACKEND") or None
