@@ -12,7 +12,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -43,7 +42,7 @@ def attention_kernels(head_size: int, dtype: torch.dtype, kind: str) -> Iterator
     pools = [torch.empty(F, T, H, head_size, dtype=dtype) for _ in range(2)]
     slots = torch.zeros(B, 9, dtype=torch.int32)
     launches = configs.launches(kind, head_size, dtype.itemsize)
-    with mock.patch.object(attention, "_launches", lambda q: launches):
+    with mock.patch.object(attention, "_launches", return_value=launches):
         yield "forward"
         out, lse = attention.forward(q, *pools, slots, live_k, live_v, 0.1)
         yield "backward"

@@ -21,9 +21,6 @@ class Launch(NamedTuple):
     descriptors: bool = False
     """Load keys and values through tensor descriptors (TMA) where the tensors allow it."""
 
-    warp_specialize: bool = False
-    """Let the compiler give loads and matrix products warps of their own."""
-
 
 class Launches(NamedTuple):
     """Of the three kernels of an attention."""
@@ -69,7 +66,7 @@ def kind_of(capability: tuple[int, int] | None) -> str:
 _TABLE: dict[str, dict[int, Launches]] = {
     "sm_80": {
         64: Launches(Launch(128, 64, 4, 3), Launch(128, 64, 8, 2), Launch(64, 128, 8, 2)),
-        128: Launches(Launch(128, 64, 8, 3), Launch(128, 64, 8, 2), Launch(64, 64, 8, 2)),
+        128: Launches(Launch(128, 64, 8, 3), Launch(128, 32, 8, 2), Launch(64, 64, 8, 2)),
         256: Launches(Launch(64, 64, 8, 1), Launch(64, 32, 8, 1), Launch(32, 64, 8, 1)),
     },
     "sm_86": {
@@ -79,28 +76,24 @@ _TABLE: dict[str, dict[int, Launches]] = {
     },
     "sm_90": {
         64: Launches(
-            Launch(128, 128, 4, 2, True, True),
-            Launch(128, 128, 8, 2, True),
-            Launch(64, 128, 8, 2, True),
+            Launch(128, 128, 8, 2, True), Launch(128, 128, 8, 2, True), Launch(64, 128, 8, 2, True)
         ),
         128: Launches(
-            Launch(128, 128, 4, 2, True, True),
-            Launch(128, 64, 8, 2, True),
-            Launch(64, 128, 8, 2, True),
+            Launch(128, 128, 8, 2, True), Launch(128, 64, 8, 2, True), Launch(64, 128, 8, 2, True)
         ),
         256: Launches(
-            Launch(128, 64, 8, 2, True), Launch(64, 64, 8, 1, True), Launch(32, 64, 8, 1, True)
+            Launch(128, 32, 8, 2, True), Launch(32, 64, 8, 1, True), Launch(64, 32, 8, 1, True)
         ),
     },
     "sm_100": {
         64: Launches(
-            Launch(128, 128, 4, 2, True), Launch(128, 64, 4, 2, True), Launch(64, 128, 4, 2, True)
+            Launch(128, 128, 8, 2, True), Launch(128, 64, 8, 2, True), Launch(64, 128, 8, 2, True)
         ),
         128: Launches(
-            Launch(128, 128, 4, 2, True), Launch(128, 64, 4, 2, True), Launch(64, 128, 4, 2, True)
+            Launch(128, 128, 8, 2, True), Launch(128, 64, 8, 2, True), Launch(64, 128, 8, 2, True)
         ),
         256: Launches(
-            Launch(128, 64, 4, 1, True), Launch(64, 64, 4, 1, True), Launch(64, 64, 4, 1, True)
+            Launch(64, 64, 8, 2, True), Launch(64, 64, 8, 1, True), Launch(64, 64, 8, 1, True)
         ),
     },
     "amd": {

@@ -129,7 +129,6 @@ def _forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_M
     b = tl.program_id(1)
@@ -144,7 +143,7 @@ def _forward_kernel(
 
     route = slots + row * R
     tiles = tl.cdiv(T, BLOCK_N)
-    for i in tl.range(0, _count_slots(route, R, BLOCK_R) * tiles, warp_specialize=WARP_SPECIALIZE):
+    for i in tl.range(0, _count_slots(route, R, BLOCK_R) * tiles):
         slot = tl.load(route + i // tiles)
         n = i % tiles * BLOCK_N
         k = _load_head(k_pool, k_strides, slot, n, kv_head, T, D, BLOCK_N, WIDTH, DESCRIPTORS)
@@ -213,7 +212,6 @@ def _grad_q_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_M
     b = tl.program_id(1)
@@ -234,7 +232,7 @@ def _grad_q_kernel(
 
     route = slots + row * R
     tiles = tl.cdiv(T, BLOCK_N)
-    for i in tl.range(0, _count_slots(route, R, BLOCK_R) * tiles, warp_specialize=WARP_SPECIALIZE):
+    for i in tl.range(0, _count_slots(route, R, BLOCK_R) * tiles):
         slot = tl.load(route + i // tiles)
         n = i % tiles * BLOCK_N
         k = _load_head(k_pool, k_strides, slot, n, kv_head, T, D, BLOCK_N, WIDTH, DESCRIPTORS)
@@ -276,7 +274,6 @@ def _grad_live_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):
     first = tl.program_id(0) * BLOCK_N
     b = tl.program_id(1)
@@ -289,7 +286,7 @@ def _grad_live_kernel(
     acc_v = tl.zeros([BLOCK_N, WIDTH], tl.float32)
 
     tiles = tl.cdiv(Q, BLOCK_M)
-    for i in tl.range(0, GROUP * tiles, warp_specialize=WARP_SPECIALIZE):
+    for i in tl.range(0, GROUP * tiles):
         h = kv_head * GROUP + i // tiles
         m = i % tiles * BLOCK_M
         q_tile = _load_head(q, q_strides, b, m, h, Q, D, BLOCK_M, WIDTH, DESCRIPTORS)
@@ -458,7 +455,6 @@ def _run(
             BLOCK_M=launch.block_m,
             BLOCK_N=launch.block_n,
             DESCRIPTORS=described,
-            WARP_SPECIALIZE=launch.warp_specialize and described,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
             **constants,
@@ -490,10 +486,12 @@ def _vectors(tensor: Tensor) -> Tensor:
 
 def _sources(tensors: list[Tensor], block: int, launch: Launch) -> tuple[list[Any], bool]:
     """The tensors themselves, or descriptors of them where launch and tensors allow it."""
-    if not launch.descriptors or not all(_describable(t) for t in tensors):
+    full = [t for t in tensors if t.numel()]
+    if not launch.descriptors or not full or not all(_describable(t) for t in full):
         return list(tensors), False
-    box = [1, block, 1, configs.width(tensors[0].shape[3])]
-    return [TensorDescriptor.from_tensor(t, box) for t in tensors], True
+    box = [1, block, 1, configs.width(full[0].shape[3])]
+    # Nothing is read from an empty tensor, but its argument must be a descriptor as well.
+    return [TensorDescriptor.from_tensor(t if t.numel() else full[0], box) for t in tensors], True
 
 
 def _describable(tensor: Tensor) -> bool:
@@ -501,8 +499,7 @@ def _describable(tensor: Tensor) -> bool:
     unit = 16 // tensor.element_size()
     strides = tensor.stride()
     return (
-        tensor.numel() > 0
-        and strides[3] == 1
+        strides[3] == 1
         and tensor.data_ptr() % 16 == 0
         and all(s % unit == 0 and s > 0 for s in strides[:3])
     )
