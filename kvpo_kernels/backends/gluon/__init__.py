@@ -1,0 +1,1 @@
+"""Kernels in Gluon, Triton's lower-level language, for one architecture each."""
