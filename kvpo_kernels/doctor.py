@@ -31,6 +31,8 @@ TYPICAL: Final[dict[str, object]] = {
     "dtype": torch.float32,
     "head_size": 128,
     "needs_grad": True,
+    "capability": None,
+    "aligned": True,
 }
 
 
@@ -40,8 +42,9 @@ def explain(op: str, **problem: object) -> dict[str, str | None]:
     Args:
         op: "routed_attention", "norm_rope", "velocity_energy", "branch_policy_loss" or "tve_grpo".
         **problem: what the op's backends look at, the fields of its `Problem`: `device` ("cpu" or
-            "cuda"), `dtype`, and for some ops `head_size` (D) and `needs_grad`. What is left out is
-            that of a typical call: float32 on the CPU, heads of 128, with gradients.
+            "cuda"), `dtype`, and for some ops `head_size` (D), `needs_grad`, `capability` (CUDA's,
+            `(major, minor)`) and `aligned`. What is left out is that of a typical call: float32 on
+            the CPU, heads of 128, with gradients; on "cuda", this machine's GPU.
 
     Returns:
         Backend name -> None where it can run, else the reason why not, in order of preference: the
@@ -62,7 +65,15 @@ def explain(op: str, **problem: object) -> dict[str, str | None]:
     if unknown:
         raise ConfigError(f"{op} has no {', '.join(unknown)}: its problems have {fields}")
     values = {name: problem.get(name, TYPICAL[name]) for name in fields}
+    if values["device"] == "cuda" and "capability" not in problem and "capability" in fields:
+        values["capability"] = _capability()
     return registry.reasons(module.BACKENDS, module.Problem(**values))
+
+
+def _capability() -> tuple[int, int] | None:
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability()
 
 
 def report() -> str:

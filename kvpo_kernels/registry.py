@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from types import ModuleType
 from typing import Final, Generic, TypeVar
 
@@ -69,5 +70,6 @@ def reasons(backends: tuple[Backend[Problem], ...], problem: Problem) -> dict[st
 # the cache and would trace the look-up.
 HAS_NATIVE: Final = importlib.util.find_spec("kvpo_kernels._native") is not None
 HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
+TRITON_VERSION: Final = metadata.version("triton") if HAS_TRITON else "none"
 TRITON_INTERPRETS: Final = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 DEFAULT_BACKEND: Final = os.environ.get("KVPO_BACKEND") or None

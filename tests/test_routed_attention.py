@@ -80,12 +80,9 @@ def assert_same_bits(actual: Inputs, expected: Inputs) -> None:
         assert torch.equal(a.nan_to_num(7), e.nan_to_num(7)), name
 
 
-def check_accuracy(case: RoutedCase, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+def assert_accuracy(case: RoutedCase, inputs: Inputs, actual: Inputs) -> None:
     """Errors against float64 are at most twice (gradients: thrice) those of torch's attention."""
-    inputs, table = case.inputs(dtype), case.table()
-    table_there = RouteTable(case.slot_lists(), case.F, device, allow_duplicates=case.repeats)
-    actual = results(tuple(t.to(device) for t in inputs), table_there, backend)
-    actual = tuple(t.cpu() for t in actual)
+    table = case.table()
     same = results_of_torch(inputs, table)
     truth = results(tuple(t.double() for t in inputs), table, "reference")
     # lse is compared to the reference in float32; three times for gradients, whose `grad_out . out`
@@ -93,6 +90,13 @@ def check_accuracy(case: RoutedCase, dtype: torch.dtype, backend: str, device: s
     same = (same[0], results(inputs, table, "reference")[1], *same[2:])
     for name, a, s, t in zip(NAMES, actual, same, truth, strict=True):
         assert_as_accurate(name, a, s, t, slack=3.0 if "grad" in name else 2.0)
+
+
+def check_accuracy(case: RoutedCase, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    inputs = case.inputs(dtype)
+    table = RouteTable(case.slot_lists(), case.F, device, allow_duplicates=case.repeats)
+    actual = results(tuple(t.to(device) for t in inputs), table, backend)
+    assert_accuracy(case, inputs, tuple(t.cpu() for t in actual))
 
 
 @each_dtype

@@ -7,7 +7,7 @@ tokens.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class Problem:
     dtype: torch.dtype
     head_size: int
     needs_grad: bool
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability of the device; None for the CPU and for AMD."""
+    aligned: bool = True
+    """Whether vectors of q, pools and live tokens begin at whole 16 bytes, and none is empty."""
 
 
 def _why_not_cpu(p: Problem) -> str | None:
@@ -56,9 +60,28 @@ def _why_not_triton(p: Problem) -> str | None:
     return None
 
 
+def _why_not_gluon(p: Problem) -> str | None:
+    if not registry.TRITON_VERSION.startswith("3.6."):
+        return (
+            f"is written for triton 3.6, whose interface is not stable: {registry.TRITON_VERSION}"
+        )
+    if p.device != "cuda" or p.capability != (9, 0):
+        what = p.device if p.capability is None else f"compute capability {p.capability}"
+        return f"takes tensors on a GPU of compute capability (9, 0), got {what}"
+    if p.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, got {p.dtype}"
+    if p.head_size not in (64, 128):
+        return f"takes head sizes 64 and 128, got {p.head_size}"
+    if not p.aligned:
+        return "takes pools that are not empty and vectors that begin at whole 16 bytes"
+    return None
+
+
+# "gluon" comes after "triton" until it has been measured on a GPU.
 BACKENDS: tuple[Backend[Problem], ...] = (
     Backend("cpu", "kvpo_kernels.backends.native.routed_attention", _why_not_cpu),
     Backend("triton", "kvpo_kernels.backends.triton.routed_attention", _why_not_triton),
+    Backend("gluon", "kvpo_kernels.backends.gluon.routed_attention", _why_not_gluon),
     Backend("reference", "kvpo_kernels.reference.routed_attention", lambda p: None),
 )
 
@@ -159,7 +182,7 @@ def routed_attention(
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad or k_live.requires_grad or v_live.requires_grad
     )
-    problem = Problem(q.device.type, q.dtype, q.shape[-1], needs_grad)
+    problem = _problem(q, k_pool, v_pool, k_live, v_live, needs_grad)
     chosen = registry.select(OP, BACKENDS, problem, backend).name
     if needs_grad or _in_function_transform():
         _check_not_in_pool(k_pool, v_pool, k_live, v_live)
@@ -169,6 +192,29 @@ def routed_attention(
     else:
         out, lse = _forward(q, k_pool, v_pool, table.slots, k_live, v_live, scale, chosen)
     return (out, lse) if return_lse else out
+
+
+def _problem(q: Tensor, *keys_and_grad: Any) -> Problem:
+    *keys, needs_grad = keys_and_grad
+    if not q.is_cuda:
+        return Problem(q.device.type, q.dtype, q.shape[-1], needs_grad)
+    capability = None
+    if torch.version.hip is None:
+        properties = torch.cuda.get_device_properties(q.device)
+        capability = (properties.major, properties.minor)
+    aligned = keys[0].numel() > 0 and all(_in_whole_units(t) for t in (q, *keys))
+    return Problem(q.device.type, q.dtype, q.shape[-1], needs_grad, capability, aligned)
+
+
+def _in_whole_units(tensor: Tensor) -> bool:
+    """Of 16 bytes, as far as metadata tell; allocations begin at more than that."""
+    unit = 16 // tensor.element_size()
+    *outer, last = tensor.stride()
+    return (
+        last == 1
+        and tensor.storage_offset() % unit == 0
+        and all(s > 0 and s % unit == 0 for s in outer)
+    )
 
 
 def _check(

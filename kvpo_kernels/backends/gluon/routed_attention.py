@@ -32,80 +32,146 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-NOWHERE = gl.constexpr(1 << 30)
+_NOWHERE = gl.constexpr(1 << 30)
 _LN_2 = gl.constexpr(math.log(2))
 _TO_LOG2 = gl.constexpr(math.log2(math.e))
+_CONSUMERS = gl.constexpr(2)
+_ROWS = gl.constexpr(64)  # of a consumer: of queries, or of live tokens
 _KEYS = 128
 
 
+# Kernels pass on tuples:
+#   sources  (pool, tails, live): descriptors of keys or of values
+#   ring     (tiles, full, free): buffers of shared memory in turns, and their barriers
+#   walk     (frames, whole, packed, tiles, L): how many frames a row has, and tiles of each kind
+
+
 @gluon.jit
-def _load_keys(
-    pool, tails, live, route, tile, bar, i, b, head, whole, packed, frames, L,
-    T: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr,
-):  # fmt: skip
+def _ring(source, STAGES: gl.constexpr):
+    shape: gl.constexpr = source.block_shape
+    tiles = gl.allocate_shared_memory(
+        source.dtype, [STAGES, 1, shape[1], 1, shape[3]], source.layout
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(STAGES):
+        mbarrier.init(full.index(s), count=1)
+        mbarrier.init(free.index(s), count=_CONSUMERS)
+    return tiles, full, free
+
+
+@gluon.jit
+def _load_own(one, other, b, first, head):
+    """A program's rows of two tensors, 64 for each consumer, and the barrier of their arrival."""
+    shape: gl.constexpr = one.block_shape
+    one_tiles = gl.allocate_shared_memory(
+        one.dtype, [_CONSUMERS, 1, _ROWS, 1, shape[3]], one.layout
+    )
+    other_tiles = gl.allocate_shared_memory(
+        one.dtype, [_CONSUMERS, 1, _ROWS, 1, shape[3]], one.layout
+    )
+    full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(full, count=1)
+    mbarrier.expect(full, 2 * _CONSUMERS * _ROWS * shape[3] * 2)
+    for g in gl.static_range(_CONSUMERS):
+        at = [b, first + g * _ROWS, head, 0]
+        tma.async_copy_global_to_shared(one, at, full, one_tiles.index(g))
+        tma.async_copy_global_to_shared(other, at, full, other_tiles.index(g))
+    return one_tiles, other_tiles, full
+
+
+@gluon.jit
+def _plan(
+    route, R, L, BLOCK_R: gl.constexpr, T: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr
+):
+    """The walk through a row's keys. Without any key, it has one tile of none."""
+    BOXES: gl.constexpr = (T % BLOCK_N + BOX - 1) // BOX
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    position = gl.arange(0, BLOCK_R, layout=layout)
+    slots = gl.load(route + position, mask=position < R, other=-1)
+    frames = gl.sum((slots >= 0).to(gl.int32), 0)
+    whole = frames * (T // BLOCK_N)
+    packed = gl.cdiv(frames * (BOXES * BOX), BLOCK_N)
+    tiles = gl.maximum(whole + packed + gl.cdiv(L, BLOCK_N), 1)
+    return frames, whole, packed, tiles, L
+
+
+@gluon.jit
+def _load_keys(sources, tile, bar, i, route, b, head, walk, T: gl.constexpr, BOX: gl.constexpr):
     """Begin to fetch tile `i` of a row's keys or values: whole, packed of tails, or live."""
+    pool, tails, live = sources
+    frames, whole, packed, _, L = walk
+    BLOCK_N: gl.constexpr = tile.shape[1]
     WHOLE: gl.constexpr = T // BLOCK_N
     BOXES: gl.constexpr = (T % BLOCK_N + BOX - 1) // BOX
-    D: gl.constexpr = tile.shape[3]
-    mbarrier.expect(bar, BLOCK_N * D * 2)
+    mbarrier.expect(bar, BLOCK_N * tile.shape[3] * 2)
     if i < whole:
         frame = i // WHOLE if WHOLE > 0 else 0
-        slot = gl.load(route + frame)
-        tma.async_copy_global_to_shared(pool, [slot, (i - frame * WHOLE) * BLOCK_N, head, 0], bar, tile)
+        at = [gl.load(route + frame), (i - frame * WHOLE) * BLOCK_N, head, 0]
+        tma.async_copy_global_to_shared(pool, at, bar, tile)
     elif i < whole + packed:
         if BOXES > 0:
             for u in gl.static_range(BLOCK_N // BOX):
-                box = (i - whole) * (BLOCK_N // BOX) + u
+                box = (i - whole) * (BLOCK_N // BOX) + u  # of the tails, end to end
                 frame = box // BOXES
-                slot = gl.load(route + frame, mask=frame < frames, other=NOWHERE)
-                first = WHOLE * BLOCK_N + (box - frame * BOXES) * BOX
-                tma.async_copy_global_to_shared(tails, [slot, first, head, 0], bar, tile.slice(u * BOX, BOX, 1))
+                slot = gl.load(route + frame, mask=frame < frames, other=_NOWHERE)
+                at = [slot, WHOLE * BLOCK_N + (box - frame * BOXES) * BOX, head, 0]
+                tma.async_copy_global_to_shared(tails, at, bar, tile.slice(u * BOX, BOX, 1))
     else:
         first = (i - whole - packed) * BLOCK_N
-        row = gl.where(first < L, b, NOWHERE)  # a row without any key has one tile of none
-        tma.async_copy_global_to_shared(live, [row, first, head, 0], bar, tile)
+        at = [gl.where(first < L, b, _NOWHERE), first, head, 0]
+        tma.async_copy_global_to_shared(live, at, bar, tile)
 
 
 @gluon.jit
 def _keys_there(
-    i, whole, packed, frames, L, layout: gl.constexpr,
-    T: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr,
-):  # fmt: skip
-    """Which columns of a tile that is not whole hold a key."""
+    i, walk, layout: gl.constexpr, T: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr
+):
+    """Which columns of tile `i`, one that is not whole, hold a key."""
+    frames, whole, packed, _, L = walk
     REST: gl.constexpr = T % BLOCK_N
     BOXES: gl.constexpr = (REST + BOX - 1) // BOX
     column = gl.arange(0, BLOCK_N, layout=layout)
-    limit = L - (i - whole - packed) * BLOCK_N
-    there = column < limit
-    if BOXES > 0:
-        if i < whole + packed:
-            token = (i - whole) * BLOCK_N + column  # of the tails end to end, in whole boxes
-            there = token < frames * (BOXES * BOX)
-            if REST % BOX != 0:
-                there = there & (token % (BOXES * BOX) < REST)
+    there = column < L - (i - whole - packed) * BLOCK_N
+    if BOXES > 0 and i < whole + packed:
+        token = (i - whole) * BLOCK_N + column
+        there = token < frames * (BOXES * BOX)
+        if REST % BOX != 0:
+            there = there & (token % (BOXES * BOX) < REST)
     return there
 
 
 @gluon.jit
-def _count(slots, R, BLOCK_R: gl.constexpr):
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    position = gl.arange(0, BLOCK_R, layout=layout)
-    return gl.sum((gl.load(slots + position, mask=position < R, other=-1) >= 0).to(gl.int32), 0)
-
-
-@gluon.jit
 def _produce(
-    k_pool, v_pool, k_tails, v_tails, k_live, v_live, route, k_tiles, v_tiles,
-    k_full, k_free, v_full, v_free, b, head, whole, packed, frames, tiles, L,
-    T: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
+    keys, route, b, head, walk, T: gl.constexpr, BOX: gl.constexpr
 ):  # fmt: skip
-    for i in range(tiles):
+    k_sources, v_sources, k_ring, v_ring = keys
+    k_tiles, k_full, k_free = k_ring
+    v_tiles, v_full, v_free = v_ring
+    STAGES: gl.constexpr = k_tiles.shape[0]
+    for i in range(walk[3]):
         s = i % STAGES
         phase = ((i // STAGES) & 1) ^ 1
         mbarrier.wait(k_free.index(s), phase)
-        _load_keys(k_pool, k_tails, k_live, route, k_tiles.index(s), k_full.index(s), i, b, head, whole, packed, frames, L, T, BLOCK_N, BOX)
+        _load_keys(k_sources, k_tiles.index(s), k_full.index(s), i, route, b, head, walk, T, BOX)
         mbarrier.wait(v_free.index(s), phase)
-        _load_keys(v_pool, v_tails, v_live, route, v_tiles.index(s), v_full.index(s), i, b, head, whole, packed, frames, L, T, BLOCK_N, BOX)
+        _load_keys(v_sources, v_tiles.index(s), v_full.index(s), i, route, b, head, walk, T, BOX)
+
+
+@gluon.jit
+def _matrix(tiles, s):
+    """Buffer `s` as a matrix of tokens by D."""
+    return tiles.index(s).reshape([tiles.shape[2], tiles.shape[4]])
+
+
+@gluon.jit
+def _begin_scores(rows, tiles, s):
+    """Begin `rows @ tile.T`, from zero."""
+    BLOCK: gl.constexpr = tiles.shape[2]
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
+    zero = gl.zeros([_ROWS, BLOCK], gl.float32, SCORES)
+    columns = _matrix(tiles, s).permute((1, 0))
+    return warpgroup_mma(rows, columns, zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
@@ -122,11 +188,16 @@ def _softmax(dot, top, total, factor, there, masked):
 
 @gluon.jit
 def _attend(
-    out, lse, q_tiles, q_full, k_tiles, v_tiles, k_full, k_free, v_full, v_free, factor,
-    first, b, h, whole, packed, frames, tiles, Q, L, H,
-    group: gl.constexpr, T: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
+    own, group: gl.constexpr, T: gl.constexpr, BOX: gl.constexpr
 ):  # fmt: skip
-    """One warpgroup: 64 queries over all tiles."""
+    """One consumer: 64 queries over all tiles."""
+    out, lse, q_tiles, q_full, k_ring, v_ring, factor, first, b, h, walk, Q, H = own
+    k_tiles, k_full, k_free = k_ring
+    v_tiles, v_full, v_free = v_ring
+    whole = walk[1]
+    tiles = walk[3]
+    STAGES: gl.constexpr = k_tiles.shape[0]
+    BLOCK_N: gl.constexpr = k_tiles.shape[2]
     D: gl.constexpr = q_tiles.shape[4]
     DTYPE: gl.constexpr = q_tiles.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -134,31 +205,28 @@ def _attend(
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
-    top = gl.full([64], float("-inf"), gl.float32, ROWS)
-    total = gl.zeros([64], gl.float32, ROWS)
-    acc = gl.zeros([64, D], gl.float32, SUMS)
-    q_own = q_tiles.index(group)
-    q = q_own.reshape([64, D])
-    none = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
+    top = gl.full([_ROWS], float("-inf"), gl.float32, ROWS)
+    total = gl.zeros([_ROWS], gl.float32, ROWS)
+    acc = gl.zeros([_ROWS, D], gl.float32, SUMS)
+    q = _matrix(q_tiles, group)
 
     mbarrier.wait(q_full, 0)
     mbarrier.wait(k_full.index(0), 0)
-    dot = warpgroup_mma(q, k_tiles.index(0).reshape([BLOCK_N, D]).permute((1, 0)), none, use_acc=False, is_async=True)
-    dot = warpgroup_mma_wait(0, deps=(dot,))
+    dot = warpgroup_mma_wait(0, deps=(_begin_scores(q, k_tiles, 0),))
     mbarrier.arrive(k_free.index(0), count=1)
-    there = _keys_there(0, whole, packed, frames, L, COLUMNS, T, BLOCK_N, BOX)
-    p, shrink, top, total = _softmax(dot, top, total, factor, there, 0 >= whole)
+    there = _keys_there(0, walk, COLUMNS, T, BLOCK_N, BOX)
+    p, shrink, top, total = _softmax(dot, top, total, factor, there, whole <= 0)
     left = gl.convert_layout(p.to(DTYPE), LEFT)
     for i in range(1, tiles):
         s = i % STAGES
         before = (i - 1) % STAGES
         mbarrier.wait(k_full.index(s), (i // STAGES) & 1)
-        dot = warpgroup_mma(q, k_tiles.index(s).reshape([BLOCK_N, D]).permute((1, 0)), none, use_acc=False, is_async=True)
+        scores = _begin_scores(q, k_tiles, s)
         mbarrier.wait(v_full.index(before), ((i - 1) // STAGES) & 1)
-        sums = warpgroup_mma(left, v_tiles.index(before).reshape([BLOCK_N, D]), acc, is_async=True)
-        dot = warpgroup_mma_wait(1, deps=(dot,))
+        sums = warpgroup_mma(left, _matrix(v_tiles, before), acc, is_async=True)
+        dot = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(k_free.index(s), count=1)
-        there = _keys_there(i, whole, packed, frames, L, COLUMNS, T, BLOCK_N, BOX)
+        there = _keys_there(i, walk, COLUMNS, T, BLOCK_N, BOX)
         p, shrink, top, total = _softmax(dot, top, total, factor, there, i >= whole)
         acc = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(v_free.index(before), count=1)
@@ -166,18 +234,18 @@ def _attend(
         left = gl.convert_layout(p.to(DTYPE), LEFT)
     last = (tiles - 1) % STAGES
     mbarrier.wait(v_full.index(last), ((tiles - 1) // STAGES) & 1)
-    sums = warpgroup_mma(left, v_tiles.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
+    sums = warpgroup_mma(left, _matrix(v_tiles, last), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(sums,))
 
     # Without keys, or with none above -inf, the sum is 0: out is then 0 and lse -inf.
     total = gl.where(total == 0.0, 1.0, total)
     acc = acc / gl.convert_layout(total, gl.SliceLayout(1, SUMS))[:, None]
-    token = first + group * 64 + gl.arange(0, 64, layout=ROWS)
+    token = first + group * _ROWS + gl.arange(0, _ROWS, layout=ROWS)
     at = lse + (b.to(gl.int64) * H + h) * Q + token
     gl.store(at, (top + gl.log2(total)) * _LN_2, mask=token < Q)
     q.store(acc.to(DTYPE))
     fence_async_shared()
-    tma.async_copy_shared_to_global(out, [b, first + group * 64, h, 0], q_own)
+    tma.async_copy_shared_to_global(out, [b, first + group * _ROWS, h, 0], q_tiles.index(group))
     tma.store_wait(0)
 
 
@@ -189,42 +257,29 @@ def _forward_kernel(
     BLOCK_N: gl.constexpr = k_pool.block_shape[1]
     D: gl.constexpr = q.block_shape[3]
     DTYPE: gl.constexpr = q.dtype
-    WHOLE: gl.constexpr = T // BLOCK_N
-    BOXES: gl.constexpr = (T % BLOCK_N + BOX - 1) // BOX
-    first = gl.program_id(0) * 128
+    first = gl.program_id(0) * (_CONSUMERS * _ROWS)
     b = gl.program_id(1)
     h = gl.program_id(2)
     H = gl.num_programs(2)
     Q = q.shape[1]
-    head = h // GROUP
     route = slots + b * R
-    frames = _count(route, R, BLOCK_R)
-    whole = frames * WHOLE
-    packed = gl.cdiv(frames * BOXES * BOX, BLOCK_N)
-    tiles = gl.maximum(whole + packed + gl.cdiv(L, BLOCK_N), 1)
-
-    q_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, 64, 1, D], q.layout)
-    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK_N, 1, D], k_pool.layout)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK_N, 1, D], v_pool.layout)
+    walk = _plan(route, R, L, BLOCK_R, T, BLOCK_N, BOX)
+    k_ring = _ring(k_pool, STAGES)
+    v_ring = _ring(v_pool, STAGES)
+    q_tiles = gl.allocate_shared_memory(DTYPE, [_CONSUMERS, 1, _ROWS, 1, D], q.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full, count=1)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(k_free.index(s), count=2)
-        mbarrier.init(v_free.index(s), count=2)
-    mbarrier.expect(q_full, 2 * 64 * D * 2)
-    for g in gl.static_range(2):
-        tma.async_copy_global_to_shared(q, [b, first + g * 64, h, 0], q_full, q_tiles.index(g))
+    mbarrier.expect(q_full, _CONSUMERS * _ROWS * D * 2)
+    for g in gl.static_range(_CONSUMERS):
+        at = [b, first + g * _ROWS, h, 0]
+        tma.async_copy_global_to_shared(q, at, q_full, q_tiles.index(g))
+    keys = ((k_pool, k_tails, k_live), (v_pool, v_tails, v_live), k_ring, v_ring)
+    own = (out, lse, q_tiles, q_full, k_ring, v_ring, factor, first, b, h, walk, Q, H)
     gl.warp_specialize(
         [
-            (_attend, (out, lse, q_tiles, q_full, k_tiles, v_tiles, k_full, k_free, v_full, v_free, factor, first, b, h, whole, packed, frames, tiles, Q, L, H, 0, T, BLOCK_N, BOX, STAGES)),
-            (_attend, (out, lse, q_tiles, q_full, k_tiles, v_tiles, k_full, k_free, v_full, v_free, factor, first, b, h, whole, packed, frames, tiles, Q, L, H, 1, T, BLOCK_N, BOX, STAGES)),
-            (_produce, (k_pool, v_pool, k_tails, v_tails, k_live, v_live, route, k_tiles, v_tiles, k_full, k_free, v_full, v_free, b, head, whole, packed, frames, tiles, L, T, BLOCK_N, BOX, STAGES)),
+            (_attend, (own, 0, T, BOX)),
+            (_attend, (own, 1, T, BOX)),
+            (_produce, (keys, route, b, h // GROUP, walk, T, BOX)),
         ],
         [4, 1],
         [240, 24],
@@ -239,7 +294,7 @@ def _load_lse(lse, token, Q):
 
 
 @gluon.jit
-def _grad_score(dot, grad_p, lse, delta, factor, there, masked):
+def _grad_scores(dot, grad_p, lse, delta, factor, there, masked):
     p = gl.exp2(dot * factor - lse[:, None])
     if masked:
         p = gl.where(there[None, :], p, 0.0)
@@ -248,11 +303,17 @@ def _grad_score(dot, grad_p, lse, delta, factor, there, masked):
 
 @gluon.jit
 def _sum_grad_q(
-    out, lse, delta, grad_q, q_tiles, grad_tiles, q_full, k_tiles, v_tiles, k_full, k_free, v_full, v_free,
-    factor, scale, first, b, h, whole, packed, frames, tiles, Q, L, H,
-    group: gl.constexpr, T: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
+    own, group: gl.constexpr, T: gl.constexpr, BOX: gl.constexpr
 ):  # fmt: skip
-    """One warpgroup: the gradient of 64 queries, over all tiles."""
+    """One consumer: the gradient of 64 queries, over all tiles."""
+    out, lse, delta, grad_q, rows, factor, scale, first, b, h, walk, Q, H = own
+    q_tiles, grad_tiles, q_full, k_ring, v_ring = rows
+    k_tiles, k_full, k_free = k_ring
+    v_tiles, v_full, v_free = v_ring
+    whole = walk[1]
+    tiles = walk[3]
+    STAGES: gl.constexpr = k_tiles.shape[0]
+    BLOCK_N: gl.constexpr = k_tiles.shape[2]
     D: gl.constexpr = q_tiles.shape[4]
     DTYPE: gl.constexpr = q_tiles.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -261,58 +322,55 @@ def _sum_grad_q(
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
     LOADS: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    q_own = q_tiles.index(group)
-    q = q_own.reshape([64, D])
-    grad = grad_tiles.index(group).reshape([64, D])
-    own = first + group * 64
+    q = _matrix(q_tiles, group)
+    grad = _matrix(grad_tiles, group)
+    mine = first + group * _ROWS
     base = (b.to(gl.int64) * H + h) * Q
 
     # delta = rowsum(out * grad_out): made here, on the way, and left for the live tokens' kernel.
     mbarrier.wait(q_full, 0)
-    row = own + gl.arange(0, 64, layout=gl.SliceLayout(1, LOADS))
+    row = mine + gl.arange(0, _ROWS, layout=gl.SliceLayout(1, LOADS))
     column = gl.arange(0, D, layout=gl.SliceLayout(0, LOADS))
     at = out + ((b.to(gl.int64) * Q + row) * H + h)[:, None] * D + column[None, :]
     values = gl.load(at, mask=(row < Q)[:, None], other=0.0).to(gl.float32)
     products = gl.sum(values * grad.load(LOADS).to(gl.float32), 1)
     gl.store(delta + base + row, products, mask=row < Q)
     delta_own = gl.convert_layout(products, ROWS)
-    lse_own = _load_lse(lse + base, own + gl.arange(0, 64, layout=ROWS), Q)
-    acc = gl.zeros([64, D], gl.float32, SUMS)
-    none = gl.zeros([64, BLOCK_N], gl.float32, SCORES)
+    lse_own = _load_lse(lse + base, mine + gl.arange(0, _ROWS, layout=ROWS), Q)
+    acc = gl.zeros([_ROWS, D], gl.float32, SUMS)
 
     mbarrier.wait(k_full.index(0), 0)
-    dot = warpgroup_mma(q, k_tiles.index(0).reshape([BLOCK_N, D]).permute((1, 0)), none, use_acc=False, is_async=True)
+    scores = _begin_scores(q, k_tiles, 0)
     mbarrier.wait(v_full.index(0), 0)
-    grad_p = warpgroup_mma(grad, v_tiles.index(0).reshape([BLOCK_N, D]).permute((1, 0)), none, use_acc=False, is_async=True)
-    dot = warpgroup_mma_wait(1, deps=(dot,))
-    grad_p = warpgroup_mma_wait(0, deps=(grad_p,))
+    grads = _begin_scores(grad, v_tiles, 0)
+    dot = warpgroup_mma_wait(1, deps=(scores,))
+    grad_p = warpgroup_mma_wait(0, deps=(grads,))
     mbarrier.arrive(v_free.index(0), count=1)
-    there = _keys_there(0, whole, packed, frames, L, COLUMNS, T, BLOCK_N, BOX)
-    score = _grad_score(dot, grad_p, lse_own, delta_own, factor, there, 0 >= whole)
-    left = gl.convert_layout(score.to(DTYPE), LEFT)
+    there = _keys_there(0, walk, COLUMNS, T, BLOCK_N, BOX)
+    grad_s = _grad_scores(dot, grad_p, lse_own, delta_own, factor, there, whole <= 0)
+    left = gl.convert_layout(grad_s.to(DTYPE), LEFT)
     for i in range(1, tiles):
         s = i % STAGES
         before = (i - 1) % STAGES
         phase = (i // STAGES) & 1
         mbarrier.wait(k_full.index(s), phase)
-        dot = warpgroup_mma(q, k_tiles.index(s).reshape([BLOCK_N, D]).permute((1, 0)), none, use_acc=False, is_async=True)
-        sums = warpgroup_mma(left, k_tiles.index(before).reshape([BLOCK_N, D]), acc, is_async=True)
+        scores = _begin_scores(q, k_tiles, s)
+        sums = warpgroup_mma(left, _matrix(k_tiles, before), acc, is_async=True)
         mbarrier.wait(v_full.index(s), phase)
-        grad_p = warpgroup_mma(grad, v_tiles.index(s).reshape([BLOCK_N, D]).permute((1, 0)), none, use_acc=False, is_async=True)
-        dot = warpgroup_mma_wait(2, deps=(dot,))
+        grads = _begin_scores(grad, v_tiles, s)
+        dot = warpgroup_mma_wait(2, deps=(scores,))
         acc = warpgroup_mma_wait(1, deps=(sums,))
         mbarrier.arrive(k_free.index(before), count=1)
-        grad_p = warpgroup_mma_wait(0, deps=(grad_p,))
+        grad_p = warpgroup_mma_wait(0, deps=(grads,))
         mbarrier.arrive(v_free.index(s), count=1)
-        there = _keys_there(i, whole, packed, frames, L, COLUMNS, T, BLOCK_N, BOX)
-        score = _grad_score(dot, grad_p, lse_own, delta_own, factor, there, i >= whole)
-        left = gl.convert_layout(score.to(DTYPE), LEFT)
-    last = (tiles - 1) % STAGES
-    sums = warpgroup_mma(left, k_tiles.index(last).reshape([BLOCK_N, D]), acc, is_async=True)
+        there = _keys_there(i, walk, COLUMNS, T, BLOCK_N, BOX)
+        grad_s = _grad_scores(dot, grad_p, lse_own, delta_own, factor, there, i >= whole)
+        left = gl.convert_layout(grad_s.to(DTYPE), LEFT)
+    sums = warpgroup_mma(left, _matrix(k_tiles, (tiles - 1) % STAGES), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(sums,))
     q.store((acc * scale).to(DTYPE))
     fence_async_shared()
-    tma.async_copy_shared_to_global(grad_q, [b, own, h, 0], q_own)
+    tma.async_copy_shared_to_global(grad_q, [b, mine, h, 0], q_tiles.index(group))
     tma.store_wait(0)
 
 
@@ -323,46 +381,24 @@ def _grad_q_kernel(
     T: gl.constexpr, BLOCK_R: gl.constexpr, BOX: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = k_pool.block_shape[1]
-    D: gl.constexpr = q.block_shape[3]
-    DTYPE: gl.constexpr = q.dtype
-    WHOLE: gl.constexpr = T // BLOCK_N
-    BOXES: gl.constexpr = (T % BLOCK_N + BOX - 1) // BOX
-    first = gl.program_id(0) * 128
+    first = gl.program_id(0) * (_CONSUMERS * _ROWS)
     b = gl.program_id(1)
     h = gl.program_id(2)
     H = gl.num_programs(2)
     Q = q.shape[1]
-    head = h // GROUP
     route = slots + b * R
-    frames = _count(route, R, BLOCK_R)
-    whole = frames * WHOLE
-    packed = gl.cdiv(frames * BOXES * BOX, BLOCK_N)
-    tiles = gl.maximum(whole + packed + gl.cdiv(L, BLOCK_N), 1)
-
-    q_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, 64, 1, D], q.layout)
-    grad_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, 64, 1, D], q.layout)
-    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK_N, 1, D], k_pool.layout)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK_N, 1, D], v_pool.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(s), count=1)
-        mbarrier.init(v_full.index(s), count=1)
-        mbarrier.init(k_free.index(s), count=2)
-        mbarrier.init(v_free.index(s), count=2)
-    mbarrier.expect(q_full, 4 * 64 * D * 2)
-    for g in gl.static_range(2):
-        tma.async_copy_global_to_shared(q, [b, first + g * 64, h, 0], q_full, q_tiles.index(g))
-        tma.async_copy_global_to_shared(grad_out, [b, first + g * 64, h, 0], q_full, grad_tiles.index(g))
+    walk = _plan(route, R, L, BLOCK_R, T, BLOCK_N, BOX)
+    k_ring = _ring(k_pool, STAGES)
+    v_ring = _ring(v_pool, STAGES)
+    q_tiles, grad_tiles, q_full = _load_own(q, grad_out, b, first, h)
+    keys = ((k_pool, k_tails, k_live), (v_pool, v_tails, v_live), k_ring, v_ring)
+    rows = (q_tiles, grad_tiles, q_full, k_ring, v_ring)
+    own = (out, lse, delta, grad_q, rows, factor, scale, first, b, h, walk, Q, H)
     gl.warp_specialize(
         [
-            (_sum_grad_q, (out, lse, delta, grad_q, q_tiles, grad_tiles, q_full, k_tiles, v_tiles, k_full, k_free, v_full, v_free, factor, scale, first, b, h, whole, packed, frames, tiles, Q, L, H, 0, T, BLOCK_N, BOX, STAGES)),
-            (_sum_grad_q, (out, lse, delta, grad_q, q_tiles, grad_tiles, q_full, k_tiles, v_tiles, k_full, k_free, v_full, v_free, factor, scale, first, b, h, whole, packed, frames, tiles, Q, L, H, 1, T, BLOCK_N, BOX, STAGES)),
-            (_produce, (k_pool, v_pool, k_tails, v_tails, k_live, v_live, route, k_tiles, v_tiles, k_full, k_free, v_full, v_free, b, head, whole, packed, frames, tiles, L, T, BLOCK_N, BOX, STAGES)),
+            (_sum_grad_q, (own, 0, T, BOX)),
+            (_sum_grad_q, (own, 1, T, BOX)),
+            (_produce, (keys, route, b, h // GROUP, walk, T, BOX)),
         ],
         [4, 1],
         [240, 24],
@@ -370,46 +406,48 @@ def _grad_q_kernel(
 
 
 @gluon.jit
-def _produce_queries(
-    q, grad_out, q_tiles, grad_tiles, q_full, q_free, grad_full, grad_free, b, head, GROUP, per_head,
-    BLOCK_M: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
+def _produce_queries(q, grad_out, q_ring, grad_ring, b, head, GROUP, per_head):
+    q_tiles, q_full, q_free = q_ring
+    grad_tiles, grad_full, grad_free = grad_ring
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    BLOCK_M: gl.constexpr = q_tiles.shape[2]
+    D: gl.constexpr = q_tiles.shape[4]
     for i in range(GROUP * per_head):
         s = i % STAGES
         phase = ((i // STAGES) & 1) ^ 1
-        h = head * GROUP + i // per_head
-        first = i % per_head * BLOCK_M
+        at = [b, i % per_head * BLOCK_M, head * GROUP + i // per_head, 0]
         mbarrier.wait(q_free.index(s), phase)
         mbarrier.expect(q_full.index(s), BLOCK_M * D * 2)
-        tma.async_copy_global_to_shared(q, [b, first, h, 0], q_full.index(s), q_tiles.index(s))
+        tma.async_copy_global_to_shared(q, at, q_full.index(s), q_tiles.index(s))
         mbarrier.wait(grad_free.index(s), phase)
         mbarrier.expect(grad_full.index(s), BLOCK_M * D * 2)
-        tma.async_copy_global_to_shared(grad_out, [b, first, h, 0], grad_full.index(s), grad_tiles.index(s))
+        tma.async_copy_global_to_shared(grad_out, at, grad_full.index(s), grad_tiles.index(s))
 
 
 @gluon.jit
 def _sum_grad_live(
-    lse, delta, grad_k, grad_v, k_tiles, v_tiles, k_full, q_tiles, grad_tiles, q_full, q_free, grad_full, grad_free,
-    factor, scale, first, b, head, GROUP, per_head, Q, H,
-    group: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr,
+    own, group: gl.constexpr
 ):  # fmt: skip
-    """One warpgroup: the gradients of 64 live tokens, over all queries of the heads that read them.
+    """One consumer: the gradients of 64 live tokens, over all queries of the heads that read them.
 
     Everything is transposed, keys by queries, so that the weights are a left operand as they are.
     """
+    lse, delta, grad_k, grad_v, rows, factor, scale, first, b, head, GROUP, per_head, Q, H = own
+    k_tiles, v_tiles, k_full, q_ring, grad_ring = rows
+    q_tiles, q_full, q_free = q_ring
+    grad_tiles, grad_full, grad_free = grad_ring
+    STAGES: gl.constexpr = q_tiles.shape[0]
+    BLOCK_M: gl.constexpr = q_tiles.shape[2]
     D: gl.constexpr = k_tiles.shape[4]
     DTYPE: gl.constexpr = k_tiles.dtype
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     COLUMNS: gl.constexpr = gl.SliceLayout(0, SCORES)
-    acc_k = gl.zeros([64, D], gl.float32, SUMS)
-    acc_v = gl.zeros([64, D], gl.float32, SUMS)
-    k_own = k_tiles.index(group)
-    v_own = v_tiles.index(group)
-    k = k_own.reshape([64, D])
-    v = v_own.reshape([64, D])
-    none = gl.zeros([64, BLOCK_M], gl.float32, SCORES)
+    acc_k = gl.zeros([_ROWS, D], gl.float32, SUMS)
+    acc_v = gl.zeros([_ROWS, D], gl.float32, SUMS)
+    k = _matrix(k_tiles, group)
+    v = _matrix(v_tiles, group)
     mbarrier.wait(k_full, 0)
     for i in range(GROUP * per_head):
         s = i % STAGES
@@ -417,21 +455,19 @@ def _sum_grad_live(
         base = (b.to(gl.int64) * H + head * GROUP + i // per_head) * Q
         token = i % per_head * BLOCK_M + gl.arange(0, BLOCK_M, layout=COLUMNS)
         lse_there = _load_lse(lse + base, token, Q)
-        delta_there = gl.load(delta + base + token, mask=token < Q, other=0.0)
         mbarrier.wait(q_full.index(s), phase)
-        q = q_tiles.index(s).reshape([BLOCK_M, D])
-        dot = warpgroup_mma(k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+        scores = _begin_scores(k, q_tiles, s)
         mbarrier.wait(grad_full.index(s), phase)
-        grad = grad_tiles.index(s).reshape([BLOCK_M, D])
-        grad_p = warpgroup_mma(v, grad.permute((1, 0)), none, use_acc=False, is_async=True)
-        dot = warpgroup_mma_wait(1, deps=(dot,))
+        grads = _begin_scores(v, grad_tiles, s)
+        dot = warpgroup_mma_wait(1, deps=(scores,))
         p = gl.exp2(dot * factor - lse_there[None, :])
         left = gl.convert_layout(p.to(DTYPE), LEFT)
-        grad_p = warpgroup_mma_wait(0, deps=(grad_p,))
-        sums_v = warpgroup_mma(left, grad, acc_v, is_async=True)
-        score = p * (grad_p - delta_there[None, :])
-        left = gl.convert_layout(score.to(DTYPE), LEFT)
-        sums_k = warpgroup_mma(left, q, acc_k, is_async=True)
+        delta_there = gl.load(delta + base + token, mask=token < Q, other=0.0)  # late: registers
+        grad_p = warpgroup_mma_wait(0, deps=(grads,))
+        sums_v = warpgroup_mma(left, _matrix(grad_tiles, s), acc_v, is_async=True)
+        grad_s = p * (grad_p - delta_there[None, :])
+        left = gl.convert_layout(grad_s.to(DTYPE), LEFT)
+        sums_k = warpgroup_mma(left, _matrix(q_tiles, s), acc_k, is_async=True)
         acc_v = warpgroup_mma_wait(1, deps=(sums_v,))
         mbarrier.arrive(grad_free.index(s), count=1)
         acc_k = warpgroup_mma_wait(0, deps=(sums_k,))
@@ -439,49 +475,34 @@ def _sum_grad_live(
     k.store((acc_k * scale).to(DTYPE))
     v.store(acc_v.to(DTYPE))
     fence_async_shared()
-    tma.async_copy_shared_to_global(grad_k, [b, first + group * 64, head, 0], k_own)
-    tma.async_copy_shared_to_global(grad_v, [b, first + group * 64, head, 0], v_own)
+    at = [b, first + group * _ROWS, head, 0]
+    tma.async_copy_shared_to_global(grad_k, at, k_tiles.index(group))
+    tma.async_copy_shared_to_global(grad_v, at, v_tiles.index(group))
     tma.store_wait(0)
 
 
 @gluon.jit
 def _grad_live_kernel(
-    grad_out, q, k_live, v_live, lse, delta, grad_k, grad_v, factor, scale, GROUP, STAGES: gl.constexpr
+    grad_out, q, k_live, v_live, lse, delta, grad_k, grad_v, factor, scale, GROUP,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = q.block_shape[1]
-    D: gl.constexpr = q.block_shape[3]
-    DTYPE: gl.constexpr = q.dtype
-    first = gl.program_id(0) * 128
+    first = gl.program_id(0) * (_CONSUMERS * _ROWS)
     b = gl.program_id(1)
     head = gl.program_id(2)
     Q = q.shape[1]
     H = q.shape[2]
     per_head = gl.cdiv(Q, BLOCK_M)
-
-    k_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, 64, 1, D], k_live.layout)
-    v_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, 64, 1, D], v_live.layout)
-    q_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK_M, 1, D], q.layout)
-    grad_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, BLOCK_M, 1, D], q.layout)
-    k_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    q_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    grad_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    grad_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(k_full, count=1)
-    for s in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(s), count=1)
-        mbarrier.init(grad_full.index(s), count=1)
-        mbarrier.init(q_free.index(s), count=2)
-        mbarrier.init(grad_free.index(s), count=2)
-    mbarrier.expect(k_full, 4 * 64 * D * 2)
-    for g in gl.static_range(2):
-        tma.async_copy_global_to_shared(k_live, [b, first + g * 64, head, 0], k_full, k_tiles.index(g))
-        tma.async_copy_global_to_shared(v_live, [b, first + g * 64, head, 0], k_full, v_tiles.index(g))
+    q_ring = _ring(q, STAGES)
+    grad_ring = _ring(grad_out, STAGES)
+    k_tiles, v_tiles, k_full = _load_own(k_live, v_live, b, first, head)
+    rows = (k_tiles, v_tiles, k_full, q_ring, grad_ring)
+    own = (lse, delta, grad_k, grad_v, rows, factor, scale, first, b, head, GROUP, per_head, Q, H)
     gl.warp_specialize(
         [
-            (_sum_grad_live, (lse, delta, grad_k, grad_v, k_tiles, v_tiles, k_full, q_tiles, grad_tiles, q_full, q_free, grad_full, grad_free, factor, scale, first, b, head, GROUP, per_head, Q, H, 0, BLOCK_M, STAGES)),
-            (_sum_grad_live, (lse, delta, grad_k, grad_v, k_tiles, v_tiles, k_full, q_tiles, grad_tiles, q_full, q_free, grad_full, grad_free, factor, scale, first, b, head, GROUP, per_head, Q, H, 1, BLOCK_M, STAGES)),
-            (_produce_queries, (q, grad_out, q_tiles, grad_tiles, q_full, q_free, grad_full, grad_free, b, head, GROUP, per_head, BLOCK_M, D, STAGES)),
+            (_sum_grad_live, (own, 0)),
+            (_sum_grad_live, (own, 1)),
+            (_produce_queries, (q, grad_out, q_ring, grad_ring, b, head, GROUP, per_head)),
         ],
         [4, 1],
         [240, 24],
@@ -500,7 +521,7 @@ def forward(
     """Return `(out, lse)`."""
     if scale < 0:  # the kernels compare products before they scale them
         q, scale = -q, -scale
-    B, Q, H, D = q.shape
+    B, Q, H, _D = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(B, H, Q, dtype=torch.float32)
     if out.numel():
@@ -550,6 +571,7 @@ def backward(
         return grad_q.neg_(), grad_k, grad_v
     B, Q, H, _D = q.shape
     L, kv_heads = k_live.shape[1:3]
+    grad_out = _in_whole_units(grad_out)
     grad_q = q.new_empty(q.shape)
     grad_k, grad_v = k_live.new_empty(k_live.shape), v_live.new_empty(v_live.shape)
     delta = torch.empty_like(lse)
@@ -615,6 +637,15 @@ def _described(tensor: Tensor, tokens: int) -> Any:
     bits = 8 * tensor.element_size()
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=4)
     return TensorDescriptor.from_tensor(tensor, [1, tokens, 1, tensor.shape[3]], layout)
+
+
+def _in_whole_units(grad_out: Tensor) -> Tensor:
+    """What autograd hands over may be strided or expanded in any way; the forward's inputs not."""
+    unit = 16 // grad_out.element_size()
+    *outer, last = grad_out.stride()
+    if last == 1 and all(s > 0 and s % unit == 0 for s in outer) and grad_out.data_ptr() % 16 == 0:
+        return grad_out
+    return grad_out.contiguous()
 
 
 def _factor(scale: float) -> float:
