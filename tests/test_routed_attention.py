@@ -17,16 +17,15 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from kvpo_kernels import RouteTable, _native, routed_attention
+from kvpo_kernels import RouteTable, _native, explain, routed_attention
 from kvpo_kernels.backends.triton import configs
-from kvpo_kernels.ops.routed_attention import BACKENDS, Problem
 
 NAMES = ("out", "lse", "grad_q", "grad_k_live", "grad_v_live")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BY_NAME = {case.name: case for case in ROUTED}
 each_case = pytest.mark.parametrize("case", ROUTED, ids=lambda c: c.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
-RUNNING = [b.name for b in BACKENDS if not b.why_not(Problem("cpu", torch.bfloat16, 64, True))]
+RUNNING = [name for name, why in explain("routed_attention").items() if why is None]
 each_backend = pytest.mark.parametrize("backend", RUNNING)
 Inputs = tuple[Tensor, ...]
 
