@@ -6,13 +6,8 @@ from collections.abc import Iterator
 import gluon_emulator
 import pytest
 import torch
+from attention_checks import Inputs, assert_accuracy, assert_same_bits, output_weight
 from cases import RoutedCase
-from test_routed_attention import (
-    Inputs,
-    assert_accuracy,
-    assert_same_bits,
-    output_weight,
-)
 
 from kvpo_kernels import explain
 from kvpo_kernels.backends.gluon import routed_attention as gluon
