@@ -30,7 +30,7 @@ def results(
     return out.detach(), lse, *torch.autograd.grad(out, leaves, weight)
 
 
-def results_of_torch(inputs: Inputs, table: RouteTable) -> Inputs:
+def results_of_torch(inputs: Inputs, table: RouteTable, scale: float | None = None) -> Inputs:
     """The same in torch's own attention at the inputs' precision, one row at a time."""
     q, k_pool, v_pool, k_live, v_live = inputs
     leaves = q, k_live, v_live = [t.detach().requires_grad_() for t in (q, k_live, v_live)]
@@ -41,7 +41,7 @@ def results_of_torch(inputs: Inputs, table: RouteTable) -> Inputs:
         v = torch.cat([v_pool[used].flatten(0, 1), v_live[b]])
         group = q.shape[2] // k.shape[1]
         k, v = (t.repeat_interleave(group, 1).transpose(0, 1)[None] for t in (k, v))
-        row = scaled_dot_product_attention(q[b].transpose(0, 1)[None], k, v)
+        row = scaled_dot_product_attention(q[b].transpose(0, 1)[None], k, v, scale=scale)
         rows.append(row[0].transpose(0, 1) if k.shape[2] else q[b] * 0)
     out = torch.stack(rows)
     lse = routed_attention(q, k_pool, v_pool, table, *leaves[1:], return_lse=True)[1]
@@ -54,14 +54,16 @@ def assert_same_bits(actual: Inputs, expected: Inputs) -> None:
         assert torch.equal(a.nan_to_num(7), e.nan_to_num(7)), name
 
 
-def assert_accuracy(case: RoutedCase, inputs: Inputs, actual: Inputs) -> None:
+def assert_accuracy(
+    case: RoutedCase, inputs: Inputs, actual: Inputs, scale: float | None = None
+) -> None:
     """Errors against float64 are at most twice (gradients: thrice) those of torch's attention."""
     table = case.table()
-    same = results_of_torch(inputs, table)
-    truth = results(tuple(t.double() for t in inputs), table, "reference")
+    same = results_of_torch(inputs, table, scale)
+    truth = results(tuple(t.double() for t in inputs), table, "reference", scale=scale)
     # lse is compared to the reference in float32; three times for gradients, whose `grad_out . out`
     # sees an output already rounded.
-    same = (same[0], results(inputs, table, "reference")[1], *same[2:])
+    same = (same[0], results(inputs, table, "reference", scale=scale)[1], *same[2:])
     for name, a, s, t in zip(NAMES, actual, same, truth, strict=True):
         assert_as_accurate(name, a, s, t, slack=3.0 if "grad" in name else 2.0)
 
@@ -81,10 +83,11 @@ def check_bits_of_rows(
     Q: int = 67,
     L: int = 101,
     heads: tuple[int, int] = (6, 2),
+    D: int = 32,
 ) -> None:
     """A row alone, among others and in another order has the same bits, for any thread count."""
     rows = [[0, 1], [2], [], [4, 3, 1]]
-    inputs = RoutedCase("", 4, Q, heads[0], 32, 5, 9, 0, L, kv_heads=heads[1]).inputs(dtype)
+    inputs = RoutedCase("", 4, Q, heads[0], D, 5, 9, 0, L, kv_heads=heads[1]).inputs(dtype)
     pool = torch.randn(2, *inputs[1].shape).to(dtype)
     inputs = tuple(t.to(device) for t in (inputs[0], *pool, *inputs[3:]))
     pick = lambda order: (inputs[0][order], *inputs[1:3], inputs[3][order], inputs[4][order])
