@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 from harness import Record, allocator, check, main
-from timing import interleaved, ratio
 from torch import Tensor
 
 from kvpo_kernels import RopeTable, qk_norm_rope_write
+from kvpo_kernels.bench.timing import interleaved, ratio
 
 # B, (frames, height, width), H, D: the trainer's scale, and one block of a 1.3B model
 SHAPES = ((8, (3, 16, 16), 6, 64), (2, (3, 30, 52), 12, 128))

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from cases import ROUTED_BENCH
 from harness import Record, allocator, check, main
-from timing import interleaved, ratio
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvpo_kernels import _native, routed_attention
+from kvpo_kernels.bench.timing import interleaved, ratio
 
 # The least accepted ratio over the best baseline, and fraction of the measured peak (forward).
 BARS = {

@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 from harness import Record, allocator, check, main
-from timing import interleaved, ratio
 from torch import Tensor
 
 from kvpo_kernels import trajectory_velocity_energy, tve_grpo_loss
+from kvpo_kernels.bench.timing import interleaved, ratio
 
 BRANCHES, STEPS = 8, 4
 # N, dtype, and the least ratios over torch.compile and eager that are accepted

@@ -1,13 +1,9 @@
 """`python -m kvpo_kernels doctor|bench`."""
 
 import argparse
-import subprocess
 import sys
-from pathlib import Path
 
 from kvpo_kernels import doctor
-
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks" / "run.py"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,18 +12,13 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="doctor|bench")
     commands.add_parser("doctor", help="which backends work on this machine, and why others do not")
     commands.add_parser(
-        "bench", help="the benchmarks of a source checkout; see bench --help", add_help=False
+        "bench", help="the kernels against dense attention on this machine", add_help=False
     )
     args, rest = parser.parse_known_args(arguments)
     if args.command == "bench":
-        if not BENCHMARKS.exists():
-            print(
-                f"bench: {BENCHMARKS} is not there. The benchmarks are in the repository and not in"
-                " the installed package: clone it and run `make bench`.",
-                file=sys.stderr,
-            )
-            return 2
-        return subprocess.run([sys.executable, BENCHMARKS, *rest], check=False).returncode
+        from kvpo_kernels import bench
+
+        return bench.main(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     print(doctor.report())

@@ -1,0 +1,382 @@
+"""Cases of routed attention: against dense attention on keys that were copied together.
+
+The bars are those of an H200 in bfloat16; elsewhere the same cases run smaller and have none.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvpo_kernels import RouteTable, routed_attention
+from kvpo_kernels.bench import machine
+from kvpo_kernels.bench.timing import Timing, interleaved, ratio
+
+Record = dict[str, Any]
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One block of G branches: each attends to routed frames and to the block's own."""
+
+    variant: str
+    """"" for the main case; else what is different."""
+
+    branches: int = 8
+    frame_tokens: int = 1560
+    routed_frames: int = 9
+    block_frames: int = 3
+    heads: int = 12
+    head_size: int = 128
+    pool_frames: int = 64
+
+    def smaller(self) -> "Case":
+        """The same on a CPU."""
+        return replace(
+            self,
+            branches=min(self.branches, 2),
+            frame_tokens=max(16, self.frame_tokens // 20),
+            heads=2,
+            pool_frames=24,
+        )
+
+
+CASES = (
+    Case(""),
+    Case("one-branch", branches=1),
+    Case("21-frames", routed_frames=18),
+    Case("6-frames", routed_frames=3),
+    Case("h40", heads=40),
+    Case("880-tokens", frame_tokens=880),
+    Case("1350-tokens", frame_tokens=1350),
+    Case("3600-tokens", frame_tokens=3600, branches=2),
+    Case("d64", head_size=64),
+)
+
+# Baseline time over ours, at least; memory likewise.
+BARS = {
+    "F1": 0.93,
+    "F2": 1.0,
+    "F3": 2.0,
+    "F4": 1.6,
+    "F5": 0.98,
+    "F6": 1.12,
+    "B1": 1.15,
+    "B2": 1.4,
+    "M1": 1 / 0.3,
+    "F1 of GEMM": 0.78,
+    "grad_q of GEMM": 0.72,
+    "grad_live of GEMM": 0.68,
+}
+
+
+class Workload:
+    """The inputs of a case and what is compared on them."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: str, backend: str | None) -> None:
+        self.case, self.device, self.backend = case, device, backend
+        B, T, H, D = case.branches, case.frame_tokens, case.heads, case.head_size
+        Q = case.block_frames * T
+        g = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, device=device).to(dtype)
+
+        self.q, self.k_live, self.v_live, self.grad_out = (draw(B, Q, H, D) for _ in range(4))
+        self.k_pool, self.v_pool = (draw(case.pool_frames, T, H, D) for _ in range(2))
+        order = torch.Generator().manual_seed(1)
+        rows = [torch.randperm(case.pool_frames, generator=order) for _ in range(B)]
+        self.routes = [row[: case.routed_frames].tolist() for row in rows]
+        self.table = RouteTable(self.routes, case.pool_frames, device)
+        self.index = torch.tensor(self.routes, device=device)
+        self.leaves = [t.requires_grad_() for t in (self.q, self.k_live, self.v_live)]
+
+    def ours(self, rows: slice = slice(None), table: RouteTable | None = None) -> Tensor:
+        return routed_attention(
+            self.q[rows],
+            self.k_pool,
+            self.v_pool,
+            table or self.table,
+            self.k_live[rows],
+            self.v_live[rows],
+            backend=self.backend,
+        )
+
+    def joined(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Keys and values of the rows, copied together, `[B, H, K, D]`."""
+        k, v = (
+            torch.cat([pool[self.index[rows]].flatten(1, 2), live[rows]], 1).transpose(1, 2)
+            for pool, live in ((self.k_pool, self.k_live), (self.v_pool, self.v_live))
+        )
+        return k, v
+
+    def dense(self, k: Tensor, v: Tensor, rows: slice = slice(None)) -> Tensor:
+        return scaled_dot_product_attention(self.q[rows].transpose(1, 2), k, v).transpose(1, 2)
+
+    def loop(self) -> Tensor:
+        """Branch by branch, as trainers do."""
+        rows = [slice(b, b + 1) for b in range(self.case.branches)]
+        return torch.cat([self.dense(*self.joined(r), r) for r in rows])
+
+    def flops(self, products: float, keys: int) -> float:
+        B, Q, H, D = self.q.shape
+        return 2.0 * products * B * H * Q * keys * D
+
+    @property
+    def live(self) -> int:
+        return self.k_live.shape[1]
+
+    @property
+    def keys(self) -> int:
+        return self.case.routed_frames * self.case.frame_tokens + self.live
+
+
+def _cudnn() -> AbstractContextManager[Any]:
+    return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
+
+
+def _flash() -> AbstractContextManager[Any]:
+    return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def _without_grad(call: Call, *contexts: Callable[[], AbstractContextManager[Any]]) -> Call:
+    def run() -> Any:
+        with torch.no_grad(), contexts[0]() if contexts else nullcontext():
+            return call()
+
+    return run
+
+
+def _backward_of(
+    call: Callable[[], Tensor], leaves: list[Tensor], grad_out: Tensor, *contexts: Any
+) -> Call:
+    """The backward alone: its forward has run already."""
+
+    def inside(run: Call) -> Any:
+        with contexts[0]() if contexts else nullcontext():
+            if len(contexts) < 2:
+                return run()
+            with contexts[1]():
+                return run()
+
+    with torch.enable_grad():
+        out = inside(call)
+    return lambda: inside(lambda: torch.autograd.grad(out, leaves, grad_out, retain_graph=True))
+
+
+def _flex(work: Workload) -> Call:
+    """FlexAttention over the whole pool and the live tokens, blocks of unrouted frames skipped."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    case = work.case
+    T, F = case.frame_tokens, case.pool_frames
+    routed = torch.zeros(case.branches, F + 1, dtype=torch.bool, device=work.device)
+    routed.scatter_(1, work.index, True)
+    routed[:, F] = True  # stands for the block's own tokens
+
+    def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return routed[b, torch.clamp(k // T, max=F)]
+
+    Q, K = work.q.shape[1], F * T + work.live
+    blocks = create_block_mask(mask, case.branches, None, Q, K, device=work.device)
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def keys(pool: Tensor, live: Tensor) -> Tensor:
+        pages = pool.flatten(0, 1)[None].expand(case.branches, -1, -1, -1)
+        return torch.cat([pages, live], dim=1).transpose(1, 2)
+
+    k, v = keys(work.k_pool, work.k_live), keys(work.v_pool, work.v_live)  # once, not timed
+    return lambda: compiled(work.q.transpose(1, 2), k, v, block_mask=blocks).transpose(1, 2)
+
+
+def _check(ours: Any, other: Any, name: str) -> None:
+    """No speed of a wrong answer: both round to 16 bits somewhere, or to float32."""
+    pairs = zip(ours, other, strict=True) if isinstance(ours, tuple) else [(ours, other)]
+    for a, b in pairs:
+        error = (a.float() - b.float()).abs().max() / b.float().abs().max()
+        assert error < 3e-2, f"{name} differs by {error:.1e} of the largest value"
+
+
+class Bench:
+    """Measures one case at one precision; yields records."""
+
+    def __init__(
+        self, case: Case, dtype: torch.dtype, device: str, backend: str | None, quick: bool
+    ) -> None:
+        self.case, self.dtype, self.device, self.quick = case, dtype, device, quick
+        self.work = Workload(case, dtype, device, backend)
+        few: dict[str, Any] = {"rounds": 5, "quick": True}
+        self.budget = few if quick else {"rounds": 15, "min_seconds": 1.5}
+        self.gpu = device == "cuda"
+
+    def record(
+        self,
+        id: str,
+        ours: Timing,
+        baseline: str,
+        other: Timing,
+        flops: float,
+        extra: int | None = None,
+        value: float | None = None,
+    ) -> Record:
+        """One bar; `bytes` is what must at least move: q, keys and values read, out written."""
+        main = not self.case.variant
+        q, work = self.work.q, self.work
+        frames = {slot for row in work.routes for slot in row}
+        used = 2 * (len(frames) * self.case.frame_tokens + work.live * len(q))
+        moved = 2 * q.nbytes + used * self.case.heads * self.case.head_size * q.element_size()
+        return {
+            "case": id if main else f"{id}/{self.case.variant}",
+            "op": "routed_attention",
+            "backend": work.backend or "default",
+            "shape": {k: v for k, v in vars(self.case).items() if k != "variant"},
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "ours_ms": ours.median_ms,
+            "ours_min_ms": ours.min_ms,
+            "baseline": baseline,
+            "baseline_ms": other.median_ms,
+            "ratio": ratio(other, ours) if value is None else value,
+            "bar": BARS.get(id) if main and self.gpu else None,
+            "useful_tflops": flops / ours.median_ms / 1e9,
+            "bytes": moved,
+            "peak_extra_bytes": extra,
+        }
+
+    def forward(self) -> Iterator[Record]:
+        work, case = self.work, self.case
+        k, v = (t.detach() for t in work.joined())
+        dense = lambda: work.dense(k, v)
+        calls: dict[str, Call] = {"ours": _without_grad(work.ours)}
+        first, per_branch = (_cudnn, _flash) if self.gpu else (nullcontext, nullcontext)
+        names = {"F1": "dense, keys already joined"}
+        calls["F1"] = _without_grad(dense, first)
+        if not case.variant:
+            calls["F2"] = _without_grad(lambda: work.dense(*work.joined()), first)
+            calls["F3"] = _without_grad(work.loop, per_branch)
+            names |= {"F2": "keys joined, dense", "F3": "per branch: keys joined, dense"}
+            if self.gpu:
+                names = {id: n.replace("dense", "cuDNN") for id, n in names.items()}
+                names["F3"] = "per branch: keys joined, FlashAttention-2"
+                calls["F4"] = _without_grad(_flex(work))
+                names["F4"] = "FlexAttention over the pool"
+            R = case.routed_frames
+            runs = RouteTable([list(range(R))] * case.branches, case.pool_frames, self.device)
+            calls["F5"] = _without_grad(lambda: work.ours(table=runs))
+            names["F5"] = "ours, frames side by side"
+            single = [
+                (slice(b, b + 1), RouteTable([r], case.pool_frames, self.device))
+                for b, r in enumerate(work.routes)
+            ]
+            calls["F6"] = _without_grad(lambda: [work.ours(rows, t) for rows, t in single])
+            names["F6"] = "ours, one launch per branch"
+        result = calls["ours"]()
+        for id in names:
+            if id not in ("F5", "F6"):
+                _check(result, calls[id](), names[id])
+        times = interleaved(calls, device=self.device, **self.budget)
+        ours = times.pop("ours")
+        for id, other in times.items():
+            yield self.record(id, ours, names[id], other, work.flops(2, work.keys))
+
+    def backward(self) -> Iterator[Record]:
+        work = self.work
+        k, v = (t.detach().requires_grad_() for t in work.joined())
+        dense = lambda: work.dense(k, v)
+        first = _cudnn if self.gpu else nullcontext
+        theirs = [work.q, k, v]
+        calls = {
+            "ours": _backward_of(work.ours, work.leaves, work.grad_out),
+            "B1": _backward_of(dense, theirs, work.grad_out, first),
+        }
+        names = {"B1": "cuDNN, all gradients" if self.gpu else "dense, all gradients"}
+        if self.gpu and not self.case.variant:
+            calls["B2"] = _backward_of(dense, theirs, work.grad_out, first, _deterministic)
+            names["B2"] = "cuDNN, all gradients, deterministic"
+        ours = calls["ours"]()
+        for id, name in names.items():
+            q, k_grad, v_grad = calls[id]()
+            own = (t.transpose(1, 2)[:, -work.live :] for t in (k_grad, v_grad))
+            _check(ours, (q, *own), name)
+        times = interleaved(calls, device=self.device, **self.budget)
+        ours_time = times.pop("ours")
+        flops = work.flops(3, work.keys) + work.flops(4, work.live)
+        for id, other in times.items():
+            yield self.record(id, ours_time, names[id], other, flops)
+
+    def kernels(self, gemm_tflops: float) -> Iterator[Record]:
+        """Each kernel's useful rate over that of a matrix product, from the profiler's times."""
+        work = self.work
+        call = _backward_of(work.ours, work.leaves, work.grad_out)
+        forward = _without_grad(work.ours)
+        call(), forward()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(5):
+                forward(), call()
+            torch.cuda.synchronize()
+        flops = {
+            "_forward_kernel": ("F1 of GEMM", work.flops(2, work.keys)),
+            "_grad_q_kernel": ("grad_q of GEMM", work.flops(3, work.keys)),
+            "_grad_live_kernel": ("grad_live of GEMM", work.flops(4, work.live)),
+        }
+        for event in profile.key_averages():
+            if event.key in flops:
+                id, useful = flops[event.key]
+                ms = event.device_time_total / event.count / 1e3
+                floor = useful / gemm_tflops / 1e9
+                time, least = (Timing(x, x, (x,)) for x in (ms, floor))
+                yield self.record(id, time, "a matrix product of as many operations", least, useful)
+
+    def memory(self) -> Iterator[Record]:
+        """Forward and backward together: what is held beyond inputs and outputs."""
+        work = self.work
+        ours = lambda: (out := work.ours(), *torch.autograd.grad(out, work.leaves, work.grad_out))
+
+        def joined() -> tuple[Tensor, ...]:
+            with _cudnn():
+                out = work.dense(*work.joined())
+                return out, *torch.autograd.grad(out, work.leaves, work.grad_out)
+
+        extra, other = machine.peak_extra_bytes(ours), machine.peak_extra_bytes(joined)
+        times = interleaved({"ours": ours, "M1": joined}, device="cuda", rounds=5, quick=True)
+        flops = work.flops(5, work.keys) + work.flops(4, work.live)
+        value = other / max(extra, 1)
+        yield self.record(
+            "M1", times["ours"], "keys joined, cuDNN", times["M1"], flops, extra, value
+        )
+
+
+def parts(
+    device: str, quick: bool, backend: str | None, gemm_tflops: float
+) -> Iterator[tuple[str, Callable[[], Iterator[Record]]]]:
+    """What is measured, each on its own so that one that fails leaves the others."""
+    for case in CASES[:1] if quick else CASES:
+        sized = case if device == "cuda" else case.smaller()
+        make = functools.partial(Bench, sized, torch.bfloat16, device, backend, quick)
+        label = case.variant or "main"
+        yield f"{label}, forward", functools.partial(_run, make, "forward")
+        yield f"{label}, backward", functools.partial(_run, make, "backward")
+        if device == "cuda" and not case.variant:
+            yield f"{label}, kernels", functools.partial(_run, make, "kernels", gemm_tflops)
+            yield f"{label}, memory", functools.partial(_run, make, "memory")
+
+
+def _run(make: Callable[[], Bench], part: str, *arguments: float) -> Iterator[Record]:
+    records: Iterator[Record] = getattr(make(), part)(*arguments)
+    return records
