@@ -71,5 +71,6 @@ def reasons(backends: tuple[Backend[Problem], ...], problem: Problem) -> dict[st
 HAS_NATIVE: Final = importlib.util.find_spec("kvpo_kernels._native") is not None
 HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
 TRITON_VERSION: Final = metadata.version("triton") if HAS_TRITON else "none"
+HAS_FLASH_ATTN: Final = importlib.util.find_spec("flash_attn") is not None
 TRITON_INTERPRETS: Final = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 DEFAULT_BACKEND: Final = os.environ.get("KVPO_BACKEND") or None

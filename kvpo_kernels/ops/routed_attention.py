@@ -77,11 +77,25 @@ def _why_not_gluon(p: Problem) -> str | None:
     return None
 
 
+def _why_not_flash(p: Problem) -> str | None:
+    if not registry.HAS_FLASH_ATTN:
+        return "flash-attn is not installed: pip install kvpo_kernels[flash]"
+    if p.device != "cuda" or p.capability is None or p.capability < (8, 0):
+        what = p.device if p.capability is None else f"compute capability {p.capability}"
+        return f"takes tensors on a GPU of compute capability (8, 0) or later, got {what}"
+    if p.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bfloat16 and float16, got {p.dtype}"
+    if p.head_size % 8 or p.head_size > 256:
+        return f"takes head sizes that are multiples of 8 up to 256, got {p.head_size}"
+    return None
+
+
 # "gluon" comes after "triton" until it has been measured on a GPU.
 BACKENDS: tuple[Backend[Problem], ...] = (
     Backend("cpu", "kvpo_kernels.backends.native.routed_attention", _why_not_cpu),
     Backend("triton", "kvpo_kernels.backends.triton.routed_attention", _why_not_triton),
     Backend("gluon", "kvpo_kernels.backends.gluon.routed_attention", _why_not_gluon),
+    Backend("flash_attn", "kvpo_kernels.backends.flash.routed_attention", _why_not_flash),
     Backend("reference", "kvpo_kernels.reference.routed_attention", lambda p: None),
 )
 

@@ -62,7 +62,11 @@ def arguments(B: int = 2, L: int = 3, **changes: Any) -> dict[str, Any]:
             NotImplementedError,
             "LongLive-2 FP8",
         ),
-        ({"backend": "flash"}, NotImplementedError, "the table has cpu, triton, gluon, reference"),
+        (
+            {"backend": "flash"},
+            NotImplementedError,
+            "the table has cpu, triton, gluon, flash_attn,",
+        ),
     ],
 )
 def test_refused_with_a_name(changes: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -1,0 +1,1 @@
+"""Launchers of the flash-attn package, where it is installed."""
