@@ -66,11 +66,21 @@ def reasons(backends: tuple[Backend[Problem], ...], problem: Problem) -> dict[st
     return {b.name: b.why_not(problem) for b in backends}
 
 
+def _version_of(*distributions: str) -> str:
+    """Of the first that is installed; Triton comes under several names. Nothing is imported."""
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return "none"
+
+
 # Facts about this process, fixed at import. Constants, not cached functions: torch.compile ignores
 # the cache and would trace the look-up.
 HAS_NATIVE: Final = importlib.util.find_spec("kvpo_kernels._native") is not None
 HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
-TRITON_VERSION: Final = metadata.version("triton") if HAS_TRITON else "none"
+TRITON_VERSION: Final = _version_of("triton", "pytorch-triton", "pytorch-triton-rocm")
 HAS_FLASH_ATTN: Final = importlib.util.find_spec("flash_attn") is not None
 TRITON_INTERPRETS: Final = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 DEFAULT_BACKEND: Final = os.environ.get("KVPO_BACKEND") or None

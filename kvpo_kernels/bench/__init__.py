@@ -44,20 +44,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for backend in args.backend or [None]:
             chosen = OPS[op].parts(args.device, args.quick, backend, rates["gemm_tflops"])
             for label, measure in chosen:
+                what = f"{op}, {backend or 'default'}, {label}"
                 try:
                     for record in measure():
+                        if "failed" in record:
+                            failures.append({"part": what, "error": record["failed"]})
+                            continue
                         records.append(record | rates | facts)
                         print(line(records[-1]), flush=True)
-                except Exception as error:  # the others still tell something
-                    what = f"{op}, {backend or 'default'}, {label}"
+                except Exception as error:  # the other parts still tell something
                     failures.append({"part": what, "error": f"{type(error).__name__}: {error}"})
-                    print(f"FAILED {what}: {failures[-1]['error'][:300]}", flush=True)
                 if args.out:  # after each part: what is measured is kept, whatever comes
                     args.out.parent.mkdir(parents=True, exist_ok=True)
                     result = {"records": records, "failures": failures}
                     args.out.write_text(json.dumps(result, indent=1) + "\n")
                 if args.device == "cuda":
                     torch.cuda.empty_cache()
+    for failure in failures:
+        print(f"FAILED {failure['part']}: {failure['error'][:300]}")
     if args.plot:
         plot(records, args.plot)
     return 1 if failures else 0
