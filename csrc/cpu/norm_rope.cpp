@@ -156,7 +156,7 @@ template <bool kStream, typename T> void forward(const NormRopeForward& a) {
 template <bool kStream, typename T> void write(const NormRopeWrite& w) {
   const NormRopeForward& a = w.keys;
   const auto& s = a.shape;
-  const int64_t C = s.heads * s.head_size, frames = s.tokens / w.frame_tokens;
+  const int64_t frames = s.tokens / w.frame_tokens;
   for_each_token<kStream>(a, [&](const float* cosines, const float* sines, Token token) {
     const T *const x = static_cast<const T*>(a.x), *const values = static_cast<const T*>(w.v);
     const int64_t frame = token.n / w.frame_tokens, t = token.n % w.frame_tokens;
