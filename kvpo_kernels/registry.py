@@ -84,3 +84,12 @@ TRITON_VERSION: Final = _version_of("triton", "pytorch-triton", "pytorch-triton-
 HAS_FLASH_ATTN: Final = importlib.util.find_spec("flash_attn") is not None
 TRITON_INTERPRETS: Final = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
 DEFAULT_BACKEND: Final = os.environ.get("KVPO_BACKEND") or None
+
+
+def why_not_triton(device: str) -> str | None:
+    """Why no Triton kernel can run on the device."""
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if device != "cuda" and not TRITON_INTERPRETS:
+        return f"takes cuda tensors (others under TRITON_INTERPRET=1), got {device}"
+    return None

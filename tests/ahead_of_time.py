@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from kvpo_kernels.backends.gluon import routed_attention as gluon
-from kvpo_kernels.backends.triton import configs
+from kvpo_kernels.backends.triton import configs, tve_grpo
 from kvpo_kernels.backends.triton import routed_attention as portable
 
 # name: (target, kind of GPU in the table of launch configurations)
@@ -32,13 +32,20 @@ TARGETS = {
     "sm_120": (GPUTarget("cuda", 120, 32), "sm_86"),
     "gfx942": (GPUTarget("hip", "gfx942", 64), "amd"),
 }
-# backend, head size, tokens of a frame
-PORTABLE = [("triton", D, 1560) for D in (64, 128, 256)]
-HOPPER = [("gluon", D, T) for D in (64, 128) for T in (1560, 1350, 128)]
+# op, backend, head size, tokens of a frame
+PORTABLE = [("routed_attention", "triton", D, 1560) for D in (64, 128, 256)]
+PORTABLE += [("tve_grpo", "triton", 0, 0)]
+HOPPER = [("routed_attention", "gluon", D, T) for D in (64, 128) for T in (1560, 1350, 128)]
 
 
-def call(backend: str, head_size: int, frame_tokens: int, kind: str) -> None:
+def call(op: str, backend: str, head_size: int, frame_tokens: int, kind: str) -> None:
     """Call the launchers as for one block of a 1.3B model; nothing is read or written."""
+    if op == "tve_grpo":
+        pred, target = torch.empty(2, 8, 4, 299_520, dtype=torch.bfloat16)
+        weights, scores = torch.empty(4, dtype=torch.float64), torch.empty(8)
+        options = (0.1, 0.2, 10.0, 20.0, 0.0, 1.0, 1.0, False, True)
+        tve_grpo.forward(pred, target, weights, weights, scores, scores, None, *options)
+        return
     B, Q, H, F, R, dtype = 8, 4680, 12, 33, 9, torch.bfloat16
     q, *live = (torch.empty(B, Q, H, head_size, dtype=dtype) for _ in range(3))
     pools = [torch.empty(F, frame_tokens, H, head_size, dtype=dtype) for _ in range(2)]
@@ -50,7 +57,9 @@ def call(backend: str, head_size: int, frame_tokens: int, kind: str) -> None:
         launcher.backward(out, q, *pools, slots, *live, out, lse, 0.1)
 
 
-def compiled(target: str, backend: str, head_size: int, frame_tokens: int) -> list[dict[str, Any]]:
+def compiled(
+    target: str, op: str, backend: str, head_size: int, frame_tokens: int
+) -> list[dict[str, Any]]:
     """Compile the kernels of a call for one target; what came out, in the order of launches."""
     gpu, kind = TARGETS[target]
     records = []
@@ -64,7 +73,12 @@ def compiled(target: str, backend: str, head_size: int, frame_tokens: int) -> li
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        problem = {"backend": backend, "head_size": head_size, "frame_tokens": frame_tokens}
+        problem = {
+            "op": op,
+            "backend": backend,
+            "head_size": head_size,
+            "frame_tokens": frame_tokens,
+        }
         name = self.__name__.strip("_")
         records.append({"target": target, "kernel": name, **problem, **facts(kernel)})
 
@@ -73,7 +87,7 @@ def compiled(target: str, backend: str, head_size: int, frame_tokens: int) -> li
         mock.patch.object(triton.runtime.driver, "_active", Driver(), create=True),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
-        call(backend, head_size, frame_tokens, kind)
+        call(op, backend, head_size, frame_tokens, kind)
     return records
 
 

@@ -73,6 +73,8 @@ def test_gradient_is_that_of_float64(
     assert grad.dtype is dtype and grad.is_contiguous()
     # Relative: one rounding to the dtype, and three in float32 (difference, coefficient, product).
     eps = torch.finfo(dtype).eps / 2 + 3 * 2**-24
+    if backend == "triton" and not torch.cuda.is_available():
+        eps += torch.finfo(dtype).eps / 2  # the interpreter cuts bfloat16 off, it does not round
     torch.testing.assert_close(grad.double(), expected, rtol=eps, atol=1e-30)
 
 

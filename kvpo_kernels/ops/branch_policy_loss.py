@@ -217,8 +217,14 @@ def why_not_cpu(p: Problem) -> str | None:
     return None
 
 
+def why_not_triton(p: Problem) -> str | None:
+    """Why the Triton kernel cannot run the problem."""
+    return registry.why_not_triton(p.device)
+
+
 BACKENDS: tuple[Backend[Problem], ...] = (
     Backend("cpu", "kvpo_kernels.backends.native.branch_policy_loss", why_not_cpu),
+    Backend("triton", "kvpo_kernels.backends.triton.branch_policy_loss", why_not_triton),
     Backend("reference", "kvpo_kernels.reference.branch_policy_loss", lambda p: None),
 )
 

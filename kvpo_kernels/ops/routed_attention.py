@@ -49,15 +49,11 @@ def _why_not_cpu(p: Problem) -> str | None:
 
 
 def _why_not_triton(p: Problem) -> str | None:
-    if not registry.HAS_TRITON:
-        return "triton is not installed"
-    if p.device != "cuda" and not registry.TRITON_INTERPRETS:
-        return f"takes cuda tensors (others under TRITON_INTERPRET=1), got {p.device}"
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes float32, bfloat16 and float16, got {p.dtype}"
     if p.head_size > 256:
         return f"takes head sizes up to 256, got {p.head_size}"
-    return None
+    return registry.why_not_triton(p.device)
 
 
 def _why_not_gluon(p: Problem) -> str | None:

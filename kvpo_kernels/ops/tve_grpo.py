@@ -28,6 +28,7 @@ from kvpo_kernels.ops.velocity_energy import (
     energy_gradient,
     trajectory_velocity_energy,
     why_not_cpu,
+    why_not_triton,
 )
 from kvpo_kernels.registry import Backend
 
@@ -58,6 +59,7 @@ class TveGrpoLoss(BranchPolicyLoss):
 
 BACKENDS: tuple[Backend[Problem], ...] = (
     Backend("cpu", "kvpo_kernels.backends.native.tve_grpo", why_not_cpu),
+    Backend("triton", "kvpo_kernels.backends.triton.tve_grpo", why_not_triton),
     Backend("reference", "kvpo_kernels.reference.tve_grpo", lambda p: None),
 )
 

@@ -33,8 +33,16 @@ def why_not_cpu(p: Problem) -> str | None:
     return None
 
 
+def why_not_triton(p: Problem) -> str | None:
+    """Why the Triton kernels cannot run the problem."""
+    if p.dtype is torch.float64:
+        return "takes float32, bfloat16 and float16, got torch.float64"
+    return registry.why_not_triton(p.device)
+
+
 BACKENDS: tuple[Backend[Problem], ...] = (
     Backend("cpu", "kvpo_kernels.backends.native.velocity_energy", why_not_cpu),
+    Backend("triton", "kvpo_kernels.backends.triton.velocity_energy", why_not_triton),
     Backend("reference", "kvpo_kernels.reference.velocity_energy", lambda p: None),
 )
 
