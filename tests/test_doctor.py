@@ -27,6 +27,7 @@ def test_the_first_that_can_run_is_the_one_taken(op: str) -> None:
 def test_reasons_are_those_of_the_problem() -> None:
     assert explain("tve_grpo", dtype=torch.float64) == {
         "cpu": "takes float32 and bfloat16, got torch.float64",
+        "triton": "takes float32, bfloat16 and float16, got torch.float64",
         "reference": None,
     }
     assert "head" in str(explain("routed_attention", head_size=17)["cpu"])

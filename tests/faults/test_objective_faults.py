@@ -26,7 +26,7 @@ from kvpo_kernels import (
     velocity_step_weights,
 )
 
-BACKEND_NAMES = ("cpu", "reference")
+BACKEND_NAMES = ("cpu", "triton", "reference")
 each_backend = pytest.mark.parametrize("backend", BACKEND_NAMES)
 NAN, INF = float("nan"), float("inf")
 
