@@ -31,7 +31,8 @@ def test_the_command_measures_prints_and_draws(
     written = json.loads(out.read_text())
     assert written["failures"] == []
     records = {r["case"]: r for r in written["records"]}
-    assert records.keys() == {"F1", "F2", "F3", "F5", "F6", "B1"}
+    attention = {"F1", "F2", "F3", "F5", "F6", "B1"}
+    assert records.keys() == attention | {"T1", "T1/compile", "T1/copy"}
     for r in records.values():
         assert r.keys() >= KEYS
         assert r["ours_ms"] >= r["ours_min_ms"] > 0 and r["baseline_ms"] > 0 and r["ratio"] > 0
@@ -53,7 +54,8 @@ def test_a_part_that_fails_leaves_the_others(
 
     monkeypatch.setattr(routed_attention.Bench, "forward", fail)
     out = tmp_path / "out.json"
-    assert bench.main(["--device", "cpu", "--quick", "--out", str(out)]) == 1
+    command = ["--device", "cpu", "--quick", "--op", "routed_attention", "--out", str(out)]
+    assert bench.main(command) == 1
     written = json.loads(out.read_text())
     assert [r["case"] for r in written["records"]] == ["B1"]
     assert "broken on purpose" in written["failures"][0]["error"]

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from kvpo_kernels.bench import machine, routed_attention
+from kvpo_kernels import explain
+from kvpo_kernels.bench import machine, routed_attention, tve_grpo
 
-OPS = {"routed_attention": routed_attention}
+OPS: dict[str, Any] = {"routed_attention": routed_attention, "tve_grpo": tve_grpo}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failures: list[dict[str, str]] = []
     for op in args.op or OPS:
         for backend in args.backend or [None]:
-            chosen = OPS[op].parts(args.device, args.quick, backend, rates["gemm_tflops"])
+            if backend is not None and backend not in explain(op):
+                continue
+            chosen = OPS[op].parts(args.device, args.quick, backend, rates)
             for label, measure in chosen:
                 what = f"{op}, {backend or 'default'}, {label}"
                 try:
@@ -74,9 +77,11 @@ def line(r: dict[str, Any]) -> str:
         if r["bar"] is None
         else f"  bar {r['bar']:.2f} {'ok' if r['ratio'] >= r['bar'] else 'MISSED'}"
     )
+    rate = f"{r['useful_tflops']:8.3g} TFLOP/s {r['useful_tflops'] / r['gemm_tflops']:5.2f} of GEMM"
+    if r["op"] != "routed_attention":  # bound by memory
+        rate = f"{r['tbps']:8.3g} TB/s    {r['tbps'] / r['copy_tbps']:5.2f} of copy"
     return (
-        f"{r['case']:18} {r['backend']:10} {r['ours_ms']:9.3f} ms {r['useful_tflops']:8.3g} TFLOP/s"
-        f" {r['useful_tflops'] / r['gemm_tflops']:5.2f} of GEMM  x{r['ratio']:5.2f}"
+        f"{r['case']:18} {r['backend']:10} {r['ours_ms']:9.3f} ms {rate}  x{r['ratio']:5.2f}"
         f" {r['baseline']}{bar}"
     )
 
@@ -91,7 +96,8 @@ def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [r for r in records if "GEMM" not in r["case"] and r["case"] != "M1"]
+    attention = [r for r in records if r["op"] == "routed_attention"]
+    shown = [r for r in attention if "GEMM" not in r["case"] and r["case"] != "M1"]
     height = 1.2 + 0.42 * len(shown)
     figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
     gemm = shown[0]["gemm_tflops"] if shown else 1.0

@@ -16,10 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvpo_kernels import RouteTable, routed_attention
 from kvpo_kernels.bench import machine
-from kvpo_kernels.bench.timing import Timing, interleaved, ratio
-
-Record = dict[str, Any]
-Call = Callable[[], Any]
+from kvpo_kernels.bench.comparison import Baselines, Call, Comparison, Record
+from kvpo_kernels.bench.timing import Timing, interleaved
 
 
 @dataclass(frozen=True)
@@ -218,88 +216,29 @@ def _flex(work: Workload) -> Call:
     return lambda: compiled(work.q.transpose(1, 2), k, v, block_mask=blocks).transpose(1, 2)
 
 
-def _check(ours: Any, other: Any, name: str) -> None:
-    """No speed of a wrong answer: both round to 16 bits somewhere, or to float32."""
-    pairs = zip(ours, other, strict=True) if isinstance(ours, tuple) else [(ours, other)]
-    for a, b in pairs:
-        error = (a.float() - b.float()).abs().max() / b.float().abs().max()
-        assert error < 3e-2, f"{name} differs by {error:.1e} of the largest value"
-
-
-class Bench:
+class Bench(Comparison):
     """Measures one case at one precision; yields records."""
 
     def __init__(
         self, case: Case, dtype: torch.dtype, device: str, backend: str | None, quick: bool
     ) -> None:
-        self.case, self.dtype, self.device, self.quick = case, dtype, device, quick
-        self.work = Workload(case, dtype, device, backend)
-        few: dict[str, Any] = {"rounds": 5, "quick": True}
-        self.budget = few if quick else {"rounds": 15, "min_seconds": 1.5}
+        self.case = case
+        self.work = work = Workload(case, dtype, device, backend)
         self.gpu = device == "cuda"
-
-    def record(
-        self,
-        id: str,
-        ours: Timing,
-        baseline: str,
-        other: Timing,
-        flops: float,
-        extra: int | None = None,
-        value: float | None = None,
-    ) -> Record:
-        """One bar; `bytes` is what must at least move: q, keys and values read, out written."""
-        main = not self.case.variant
-        q, work = self.work.q, self.work
+        # q, keys and values read, out written
         frames = {slot for row in work.routes for slot in row}
-        used = 2 * (len(frames) * self.case.frame_tokens + work.live * len(q))
-        moved = 2 * q.nbytes + used * self.case.heads * self.case.head_size * q.element_size()
-        return {
-            "case": id if main else f"{id}/{self.case.variant}",
-            "op": "routed_attention",
-            "backend": work.backend or "default",
-            "shape": {k: v for k, v in vars(self.case).items() if k != "variant"},
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "ours_ms": ours.median_ms,
-            "ours_min_ms": ours.min_ms,
-            "baseline": baseline,
-            "baseline_ms": other.median_ms,
-            "ratio": ratio(other, ours) if value is None else value,
-            "bar": BARS.get(id) if main and self.gpu else None,
-            "useful_tflops": flops / ours.median_ms / 1e9,
-            "bytes": moved,
-            "peak_extra_bytes": extra,
-        }
-
-    def compare(
-        self, ours: Call, others: dict[str, tuple[str, Callable[[], Call]]], flops: float
-    ) -> Iterator[Record]:
-        """Ours against every baseline that can be made here and agrees; the rest are failures.
-
-        Args:
-            ours: the call.
-            others: id of a bar -> name of the baseline, and what makes its call.
-            flops: useful operations of a call.
-        """
-        calls = {"ours": ours}
-        expected = ours()
-        for id, (name, make) in others.items():
-            try:
-                call = make()
-                _check(expected, call(), name)
-                calls[id] = call
-            except Exception as error:  # the other baselines still tell something
-                yield {"failed": f"{id}, {name}: {type(error).__name__}: {error}"}
-        times = interleaved(calls, device=self.device, **self.budget)
-        for id in [id for id in calls if id != "ours"]:
-            yield self.record(id, times["ours"], others[id][0], times[id], flops)
+        tokens = len(frames) * case.frame_tokens + work.live * case.branches
+        moved = 2 * work.q.nbytes + 2 * tokens * case.heads * case.head_size * dtype.itemsize
+        shape = {k: v for k, v in vars(case).items() if k != "variant"}
+        sizes = (shape, dtype, device, backend, quick)
+        super().__init__("routed_attention", case.variant, *sizes, bars=BARS, moved=moved)
 
     def forward(self) -> Iterator[Record]:
         work, case = self.work, self.case
         k, v = (t.detach() for t in work.joined())
         first, per_branch = (_cudnn, _flash) if self.gpu else (nullcontext, nullcontext)
         dense, flash = ("cuDNN", "FlashAttention-2") if self.gpu else ("dense", "dense")
-        others: dict[str, tuple[str, Callable[[], Call]]] = {}
+        others: Baselines = {}
 
         def add(id: str, name: str, call: Call, *contexts: Any) -> None:
             others[id] = (name, lambda: _without_grad(call, *contexts))
@@ -342,7 +281,7 @@ class Bench:
 
             return live
 
-        others: dict[str, tuple[str, Callable[[], Call]]] = {"B1": ("dense, all gradients", of)}
+        others: Baselines = {"B1": ("dense, all gradients", of)}
         if self.gpu:
             others = {"B1": ("cuDNN, all gradients", functools.partial(of, _cudnn))}
         if self.gpu and not self.case.variant:
@@ -392,14 +331,13 @@ class Bench:
         extra, other = machine.peak_extra_bytes(ours), machine.peak_extra_bytes(joined)
         times = interleaved({"ours": ours, "M1": joined}, device="cuda", rounds=5, quick=True)
         flops = work.flops(5, work.keys) + work.flops(4, work.live)
-        value = other / max(extra, 1)
-        yield self.record(
-            "M1", times["ours"], "keys joined, cuDNN", times["M1"], flops, extra, value
-        )
+        more = {"peak_extra_bytes": extra, "ratio": other / max(extra, 1)}
+        baseline = "keys joined, cuDNN"
+        yield self.record("M1", times["ours"], baseline, times["M1"], flops, **more)
 
 
 def parts(
-    device: str, quick: bool, backend: str | None, gemm_tflops: float
+    device: str, quick: bool, backend: str | None, rates: dict[str, float]
 ) -> Iterator[tuple[str, Callable[[], Iterator[Record]]]]:
     """What is measured, each on its own so that one that fails leaves the others."""
     for case in CASES[:1] if quick else CASES:
@@ -409,7 +347,10 @@ def parts(
         yield f"{label}, forward", functools.partial(_run, make, "forward")
         yield f"{label}, backward", functools.partial(_run, make, "backward")
         if device == "cuda" and not case.variant:
-            yield f"{label}, kernels", functools.partial(_run, make, "kernels", gemm_tflops)
+            yield (
+                f"{label}, kernels",
+                functools.partial(_run, make, "kernels", rates["gemm_tflops"]),
+            )
             yield f"{label}, memory", functools.partial(_run, make, "memory")
 
 
