@@ -20,6 +20,15 @@ KERNELS = {
 # Two accumulators, two score tiles and their rounded copies fill 240 registers but for a few words,
 # which go to L1 outside the matrix products' way.
 ACCEPTED_SPILLS = {("gluon", "grad_q_kernel"): 64, ("gluon", "grad_live_kernel"): 128}
+# Matrix instructions of a consumer before, in and after its loop, for heads of 16 n. Each is 16
+# deep: n for scores, 8 where 128 keys are summed over, 4 where 64 queries are.
+PRODUCTS = {
+    "forward_kernel": lambda n: 2 * n + 2 * 8,  # scores twice, values twice
+    "grad_q_kernel": lambda n: (
+        2 * (n + n) + 2 * 8
+    ),  # scores and their gradients twice, grad_q twice
+    "grad_live_kernel": lambda n: n + n + 4 + 4,
+}
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -49,3 +58,4 @@ def test_kernels_compile_without_spills(target: str) -> None:
             assert r["wgmma"] == r["matrix"], r
         if r["backend"] == "gluon":  # 2 consumers of 4 warps, and the producer's
             assert r["num_warps"] == 12 and r["registers"] == 168, r
+            assert r["wgmma"] == 2 * PRODUCTS[r["kernel"]](r["head_size"] // 16), r
