@@ -124,21 +124,22 @@ def _load_keys(sources, tile, bar, i, route, b, head, walk, T: gl.constexpr, BOX
 
 
 @gluon.jit
-def _keys_there(
-    i, walk, layout: gl.constexpr, T: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr
-):
-    """Which columns of tile `i`, one that is not whole, hold a key."""
+def _mask(values, absent, i, walk, COLUMNS: gl.constexpr, T: gl.constexpr, BOX: gl.constexpr):
+    """Columns of tile `i` that hold no key become `absent`; a whole tile is not looked at."""
     frames, whole, packed, _, L = walk
+    BLOCK_N: gl.constexpr = values.shape[1]
     REST: gl.constexpr = T % BLOCK_N
     BOXES: gl.constexpr = (REST + BOX - 1) // BOX
-    column = gl.arange(0, BLOCK_N, layout=layout)
-    there = column < L - (i - whole - packed) * BLOCK_N
-    if BOXES > 0 and i < whole + packed:
-        token = (i - whole) * BLOCK_N + column
-        there = token < frames * (BOXES * BOX)
-        if REST % BOX != 0:
-            there = there & (token % (BOXES * BOX) < REST)
-    return there
+    if i >= whole:
+        column = gl.arange(0, BLOCK_N, layout=COLUMNS)
+        there = column < L - (i - whole - packed) * BLOCK_N
+        if BOXES > 0 and i < whole + packed:
+            token = (i - whole) * BLOCK_N + column
+            there = token < frames * (BOXES * BOX)
+            if REST % BOX != 0:
+                there = there & (token % (BOXES * BOX) < REST)
+        values = gl.where(there[None, :], values, absent)
+    return values
 
 
 @gluon.jit
@@ -175,10 +176,8 @@ def _begin_scores(rows, tiles, s):
 
 
 @gluon.jit
-def _softmax(dot, top, total, factor, there, masked):
+def _softmax(dot, top, total, factor):
     """The online softmax of a tile: weights, how much the sums so far shrink, and the new sums."""
-    if masked:
-        dot = gl.where(there[None, :], dot, float("-inf"))
     new_top = gl.maximum(top, gl.max(dot, 1) * factor)
     shift = gl.where(new_top == float("-inf"), 0.0, new_top)
     p = gl.exp2(dot * factor - shift[:, None])
@@ -194,7 +193,6 @@ def _attend(
     out, lse, q_tiles, q_full, k_ring, v_ring, factor, first, b, h, walk, Q, H = own
     k_tiles, k_full, k_free = k_ring
     v_tiles, v_full, v_free = v_ring
-    whole = walk[1]
     tiles = walk[3]
     STAGES: gl.constexpr = k_tiles.shape[0]
     BLOCK_N: gl.constexpr = k_tiles.shape[2]
@@ -214,8 +212,8 @@ def _attend(
     mbarrier.wait(k_full.index(0), 0)
     dot = warpgroup_mma_wait(0, deps=(_begin_scores(q, k_tiles, 0),))
     mbarrier.arrive(k_free.index(0), count=1)
-    there = _keys_there(0, walk, COLUMNS, T, BLOCK_N, BOX)
-    p, shrink, top, total = _softmax(dot, top, total, factor, there, whole <= 0)
+    dot = _mask(dot, float("-inf"), 0, walk, COLUMNS, T, BOX)
+    p, shrink, top, total = _softmax(dot, top, total, factor)
     left = gl.convert_layout(p.to(DTYPE), LEFT)
     for i in range(1, tiles):
         s = i % STAGES
@@ -226,8 +224,8 @@ def _attend(
         sums = warpgroup_mma(left, _matrix(v_tiles, before), acc, is_async=True)
         dot = warpgroup_mma_wait(1, deps=(scores,))
         mbarrier.arrive(k_free.index(s), count=1)
-        there = _keys_there(i, walk, COLUMNS, T, BLOCK_N, BOX)
-        p, shrink, top, total = _softmax(dot, top, total, factor, there, i >= whole)
+        dot = _mask(dot, float("-inf"), i, walk, COLUMNS, T, BOX)
+        p, shrink, top, total = _softmax(dot, top, total, factor)
         acc = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(v_free.index(before), count=1)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
@@ -294,14 +292,6 @@ def _load_lse(lse, token, Q):
 
 
 @gluon.jit
-def _grad_scores(dot, grad_p, lse, delta, factor, there, masked):
-    p = gl.exp2(dot * factor - lse[:, None])
-    if masked:
-        p = gl.where(there[None, :], p, 0.0)
-    return p * (grad_p - delta[:, None])
-
-
-@gluon.jit
 def _sum_grad_q(
     own, group: gl.constexpr, T: gl.constexpr, BOX: gl.constexpr
 ):  # fmt: skip
@@ -310,7 +300,6 @@ def _sum_grad_q(
     q_tiles, grad_tiles, q_full, k_ring, v_ring = rows
     k_tiles, k_full, k_free = k_ring
     v_tiles, v_full, v_free = v_ring
-    whole = walk[1]
     tiles = walk[3]
     STAGES: gl.constexpr = k_tiles.shape[0]
     BLOCK_N: gl.constexpr = k_tiles.shape[2]
@@ -346,8 +335,9 @@ def _sum_grad_q(
     dot = warpgroup_mma_wait(1, deps=(scores,))
     grad_p = warpgroup_mma_wait(0, deps=(grads,))
     mbarrier.arrive(v_free.index(0), count=1)
-    there = _keys_there(0, walk, COLUMNS, T, BLOCK_N, BOX)
-    grad_s = _grad_scores(dot, grad_p, lse_own, delta_own, factor, there, whole <= 0)
+    p = gl.exp2(dot * factor - lse_own[:, None])
+    p = _mask(p, 0.0, 0, walk, COLUMNS, T, BOX)
+    grad_s = p * (grad_p - delta_own[:, None])
     left = gl.convert_layout(grad_s.to(DTYPE), LEFT)
     for i in range(1, tiles):
         s = i % STAGES
@@ -363,8 +353,9 @@ def _sum_grad_q(
         mbarrier.arrive(k_free.index(before), count=1)
         grad_p = warpgroup_mma_wait(0, deps=(grads,))
         mbarrier.arrive(v_free.index(s), count=1)
-        there = _keys_there(i, walk, COLUMNS, T, BLOCK_N, BOX)
-        grad_s = _grad_scores(dot, grad_p, lse_own, delta_own, factor, there, i >= whole)
+        p = gl.exp2(dot * factor - lse_own[:, None])
+        p = _mask(p, 0.0, i, walk, COLUMNS, T, BOX)
+        grad_s = p * (grad_p - delta_own[:, None])
         left = gl.convert_layout(grad_s.to(DTYPE), LEFT)
     sums = warpgroup_mma(left, _matrix(k_tiles, (tiles - 1) % STAGES), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(sums,))
