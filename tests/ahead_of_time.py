@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from kvpo_kernels.backends.gluon import routed_attention as gluon
-from kvpo_kernels.backends.triton import configs, tve_grpo
+from kvpo_kernels.backends.triton import configs, norm_rope, tve_grpo
 from kvpo_kernels.backends.triton import routed_attention as portable
 
 # name: (target, kind of GPU in the table of launch configurations)
@@ -34,7 +34,7 @@ TARGETS = {
 }
 # op, backend, head size, tokens of a frame
 PORTABLE = [("routed_attention", "triton", D, 1560) for D in (64, 128, 256)]
-PORTABLE += [("tve_grpo", "triton", 0, 0)]
+PORTABLE += [("tve_grpo", "triton", 0, 0), ("norm_rope", "triton", 128, 1560)]
 HOPPER = [("routed_attention", "gluon", D, T) for D in (64, 128) for T in (1560, 1350, 128)]
 
 
@@ -47,6 +47,14 @@ def call(op: str, backend: str, head_size: int, frame_tokens: int, kind: str) ->
         tve_grpo.forward(pred, target, weights, weights, scores, scores, None, *options)
         return
     B, Q, H, F, R, dtype = 8, 4680, 12, 33, 9, torch.bfloat16
+    if op == "norm_rope":
+        x, pool = (torch.empty(*n, H, head_size, dtype=dtype) for n in ((B, Q), (F, 1560)))
+        angles = torch.empty(2, Q, head_size // 2)
+        weights = torch.empty(2, H * head_size, dtype=dtype)
+        slots = torch.empty(B, 3, dtype=torch.int64)
+        norm_rope.write(x, x, x, *weights, *angles, pool, pool, slots, 1e-6)
+        norm_rope.backward(x, x, x, x, *weights, *angles, 1e-6)
+        return
     q, *live = (torch.empty(B, Q, H, head_size, dtype=dtype) for _ in range(3))
     pools = [torch.empty(F, frame_tokens, H, head_size, dtype=dtype) for _ in range(2)]
     slots = torch.empty(B, R, dtype=torch.int32)

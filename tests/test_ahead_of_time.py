@@ -16,6 +16,7 @@ SHARED_BYTES = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120"
 KERNELS = {
     "routed_attention": ["forward_kernel", "grad_q_kernel", "grad_live_kernel"],
     "tve_grpo": ["energies_kernel", "gradient_kernel"],
+    "norm_rope": ["forward_kernel"] * 2 + ["backward_kernel"] * 2,
 }
 # Two accumulators, two score tiles and their rounded copies fill 240 registers but for a few words,
 # which go to L1 outside the matrix products' way.

@@ -19,13 +19,17 @@ ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 GRIDS = {"tiny": (1, 1, 1), "odd": (2, 3, 5), "block": (3, 4, 4)}
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
+@pytest.fixture(params=[*ISAS, "triton"])
+def kernel(request):
+    """The backend's name; "cpu" once for each instruction set."""
+    if request.param == "triton":
+        yield "triton"
+        return
     _native.set_isa_limit(request.param)
     if _native.isa() != request.param:
         _native.set_isa_limit(ISAS[-1])
         pytest.skip(f"this machine does not run {request.param}")
-    yield request.param
+    yield "cpu"
     _native.set_isa_limit(ISAS[-1])
 
 
@@ -41,18 +45,18 @@ def make(grid, heads=(3, 1), head_dim=32, rows=2, dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [16, 48, 128])
-def test_forward_matches_reference(isa: str, grid, dtype, head_dim: int) -> None:
+def test_forward_matches_reference(kernel: str, grid, dtype, head_dim: int) -> None:
     inputs, rope = make(grid, head_dim=head_dim, dtype=dtype), RopeTable(head_dim)
     run = lambda backend, *x: qk_norm_rope(*x, rope, 7, grid=grid, backend=backend)
     truth = run("reference", *(t.double() for t in inputs))
     for name, a, s, t in zip(
-        "qk", run("cpu", *inputs), run("reference", *inputs), truth, strict=True
+        "qk", run(kernel, *inputs), run("reference", *inputs), truth, strict=True
     ):
         assert_as_accurate(name, a, s, t)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_match_reference(isa: str, dtype) -> None:
+def test_gradients_match_reference(kernel: str, dtype) -> None:
     grid, rope = GRIDS["odd"], RopeTable(32)
 
     def grads(backend: str, dtype: torch.dtype):
@@ -69,7 +73,7 @@ def test_gradients_match_reference(isa: str, dtype) -> None:
     rng = torch.Generator().manual_seed(1)
     seeds = [torch.randn(t.shape, generator=rng).to(dtype).double() for t in (q, k)]
     truth = torch.autograd.grad((q, k), inputs, seeds)
-    results = grads("cpu", dtype), grads("reference", dtype)
+    results = grads(kernel, dtype), grads("reference", dtype)
     for name, a, s, t in zip(("q", "k", "q_weight", "k_weight"), *results, truth, strict=True):
         assert_as_accurate(name, a, s, t, slack=3.0)
 
@@ -106,7 +110,7 @@ def test_rotation_is_wans_complex_product_within_one_rounding() -> None:
     assert ((new_q.double() - truth).abs() <= 0.51 * step + 1e-6).all()
 
 
-def test_write_puts_keys_and_values_into_slots_and_nowhere_else(isa: str) -> None:
+def test_write_puts_keys_and_values_into_slots_and_nowhere_else(kernel: str) -> None:
     grid, rope = (3, 2, 2), RopeTable(32)
     q, k, qw, kw = make(grid, heads=(2, 2), rows=2)
     v = torch.randn_like(k)
@@ -125,9 +129,9 @@ def test_write_puts_keys_and_values_into_slots_and_nowhere_else(isa: str) -> Non
         k_pool=k_pool,
         v_pool=v_pool,
         slots=slots,
-        backend="cpu",
+        backend=kernel,
     )
-    expected_q, expected_k = qk_norm_rope(q, k, qw, kw, rope, 5, grid=grid, backend="cpu")
+    expected_q, expected_k = qk_norm_rope(q, k, qw, kw, rope, 5, grid=grid, backend=kernel)
     assert torch.equal(new_q, expected_q)
     assert torch.equal(k_pool[slots].flatten(1, 2), expected_k)
     assert torch.equal(v_pool[slots].flatten(1, 2), v)
@@ -152,7 +156,7 @@ def test_write_composes_with_the_pool() -> None:
     assert torch.equal(pool.v(0)[rows[1].slot(2)], k[1, 8:])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
 def test_rows_do_not_depend_on_each_other_or_on_threads(backend: str) -> None:
     grid, rope = GRIDS["odd"], RopeTable(32)
     q, k, qw, kw = make(grid, rows=4)
@@ -184,7 +188,7 @@ def test_registration_is_sound() -> None:
     cos, sin = rope.tokens(0, grid)
     ops, pool = torch.ops.kvpo, torch.zeros(2, 5, 4, 2, 32)
     slots = torch.tensor([[0, 1], [2, 3]])
-    for backend in ("cpu", "reference"):
+    for backend in ("cpu", "triton", "reference"):
         torch.library.opcheck(
             ops.norm_rope_forward.default, (q, k, qw, kw, cos, sin, 1e-6, backend)
         )
@@ -243,4 +247,4 @@ def test_errors_name_the_argument() -> None:
 
 
 def test_the_table_of_backends_is_complete() -> None:
-    assert [b.name for b in norm_rope.BACKENDS] == ["cpu", "reference"]
+    assert [b.name for b in norm_rope.BACKENDS] == ["cpu", "triton", "reference"]

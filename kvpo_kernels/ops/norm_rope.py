@@ -39,8 +39,15 @@ def _why_not_cpu(p: Problem) -> str | None:
     return None
 
 
+def _why_not_triton(p: Problem) -> str | None:
+    if p.dtype is torch.float64:
+        return "takes float32, bfloat16 and float16, got torch.float64"
+    return registry.why_not_triton(p.device)
+
+
 BACKENDS: tuple[Backend[Problem], ...] = (
     Backend("cpu", "kvpo_kernels.backends.native.norm_rope", _why_not_cpu),
+    Backend("triton", "kvpo_kernels.backends.triton.norm_rope", _why_not_triton),
     Backend("reference", "kvpo_kernels.reference.norm_rope", lambda p: None),
 )
 
