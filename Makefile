@@ -1,7 +1,7 @@
 # Each target makes .venv and installs what it needs by itself.
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
-CXX_FILES := $(shell git ls-files '*.cpp' '*.h')
+CXX_FILES := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
 .PHONY: demo test bench lint format clean
 
@@ -40,4 +40,4 @@ format: .venv/ready
 	.venv/bin/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf .venv build *.egg-info kvpo_kernels/_native*.so
+	rm -rf .venv build *.egg-info kvpo_kernels/*.so

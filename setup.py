@@ -1,8 +1,9 @@
 """Builds the torch-free native library with CMake, then packages the Python side.
 
-Options (environment): KVPO_BUILD_NATIVE=AUTO|ON|OFF, CMAKE_ARGS. With AUTO, a machine without a
-compiler gets an installation without the native module: the reference backend remains. A build that
-fails although there is a compiler fails the installation.
+Options (environment): KVPO_BUILD_NATIVE=AUTO|ON|OFF, KVPO_BUILD_CUDA=AUTO|ON|OFF, CMAKE_ARGS. With
+AUTO, a machine without a compiler gets an installation without the native modules: the reference
+backend remains, and Triton on a GPU. A build that fails although there is a compiler fails the
+installation.
 """
 
 import os
@@ -17,14 +18,27 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 MODE = os.environ.get("KVPO_BUILD_NATIVE", "AUTO")
-if MODE not in ("AUTO", "ON", "OFF"):
-    raise SystemExit(f"KVPO_BUILD_NATIVE must be AUTO, ON or OFF, got {MODE!r}")
+CUDA = os.environ.get("KVPO_BUILD_CUDA", "AUTO")
+for option, value in (("KVPO_BUILD_NATIVE", MODE), ("KVPO_BUILD_CUDA", CUDA)):
+    if value not in ("AUTO", "ON", "OFF"):
+        raise SystemExit(f"{option} must be AUTO, ON or OFF, got {value!r}")
 
 
 def has_compiler() -> bool:
     """Whether CMake would find a C++ compiler: $CXX, or one under its usual names."""
     named = shlex.split(os.environ.get("CXX", ""))[:1]
     return any(map(shutil.which, named or ("c++", "g++", "clang++", "icpx", "cl")))
+
+
+def cuda_compiler() -> str | None:
+    """The nvcc that CMake gets: $CUDACXX, on the path, or where its installer puts it."""
+    if CUDA == "OFF":
+        return None
+    found = map(shutil.which, (os.environ.get("CUDACXX", "nvcc"), "/usr/local/cuda/bin/nvcc"))
+    compiler = next(filter(None, found), None)
+    if compiler is None and CUDA == "ON":
+        raise SystemExit("KVPO_BUILD_CUDA is ON, but there is no nvcc: set CUDACXX")
+    return compiler
 
 
 class CMakeExtension(Extension):
@@ -35,7 +49,9 @@ class CMakeExtension(Extension):
 
 
 class CMakeBuild(build_ext):
-    """Configure, build and install into the folder setuptools asks for."""
+    """Configure once, then build each module into the folder setuptools asks for."""
+
+    configured = False
 
     def build_extension(self, ext: Extension) -> None:
         if MODE == "AUTO" and not has_compiler():
@@ -45,10 +61,18 @@ class CMakeBuild(build_ext):
                 " the slower reference backend remains. Install g++ and reinstall to get them."
             )
             return
-        import pybind11
-
         out = (Path.cwd() / self.get_ext_fullpath(ext.name)).parent.resolve()
         tmp = Path(self.build_temp).resolve()
+        if not self.configured:
+            self.configure(tmp, out)
+            self.configured = True
+        module = ext.name.rpartition(".")[2]
+        subprocess.run(["cmake", "--build", tmp, "--parallel", "--target", module], check=True)
+
+    def configure(self, tmp: Path, out: Path) -> None:
+        import pybind11
+
+        nvcc = cuda_compiler()
         tmp.mkdir(parents=True, exist_ok=True)
         # --fresh: the cache of an earlier build names tools of a build environment that is gone.
         args = [
@@ -58,11 +82,13 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DKVPO_PYTHON_OUTPUT={out}",
+            *(["-DKVPO_BUILD_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         subprocess.run(["cmake", "-S", ROOT, "-B", tmp, *args], check=True)
-        subprocess.run(["cmake", "--build", tmp, "--parallel"], check=True)
 
+
+MODULES = ["kvpo_kernels._native", *(["kvpo_kernels._cuda"] if cuda_compiler() else [])]
 
 setup(
     packages=[
@@ -71,9 +97,9 @@ setup(
     ],
     package_dir={"kvpo_trainer": "python/kvpo_trainer"},
     package_data={
-        "kvpo_kernels": ["py.typed", "_native.pyi"],
+        "kvpo_kernels": ["py.typed", "_native.pyi", "_cuda.pyi"],
         "kvpo_trainer": ["py.typed", "weights/*", "configs/*.yaml"],
     },
-    ext_modules=[] if MODE == "OFF" else [CMakeExtension("kvpo_kernels._native")],
+    ext_modules=[] if MODE == "OFF" else [CMakeExtension(name) for name in MODULES],
     cmdclass={"build_ext": CMakeBuild},
 )

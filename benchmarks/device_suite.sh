@@ -27,10 +27,12 @@ part() { # name, seconds, command...
 }
 
 build() {
-  "$PYTHON" -c "import kvpo_kernels._native" 2>/dev/null && return
+  "$PYTHON" -c "import kvpo_kernels._native, kvpo_kernels._cuda" 2>/dev/null && return
   cmake -S . -B build/suite -G Ninja -DCMAKE_BUILD_TYPE=Release \
     -DPython_EXECUTABLE="$(command -v "$PYTHON")" -DKVPO_PYTHON_OUTPUT="$PWD/kvpo_kernels" \
-    -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" && cmake --build build/suite
+    -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)" \
+    -DKVPO_BUILD_CUDA="$(command -v nvcc >/dev/null && echo ON || echo OFF)" &&
+    cmake --build build/suite
 }
 export -f build
 export PYTHON PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -43,7 +45,7 @@ else
   workers=$("$PYTHON" -c "import xdist; print('-n 8')" 2>/dev/null)
   # shellcheck disable=SC2086
   part tests 150 "$PYTHON" -m pytest tests/gpu -p no:cacheprovider $workers
-  part bench 320 "$PYTHON" -m kvpo_kernels bench --backend gluon --backend triton \
+  part bench 320 "$PYTHON" -m kvpo_kernels bench --backend gluon --backend triton --backend cuda \
     --out "$result" --plot "$OUT/$name-$commit.png"
 fi
 

@@ -1,5 +1,4 @@
 # The native module; None of its functions checks more than it needs to stay in bounds.
-WITH_CUDA: bool
 WITH_OPENMP: bool
 ISAS: tuple[str, ...]  # what the kernels were compiled for, the plainest first
 

@@ -120,7 +120,7 @@ def native() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         return None, f"built, but does not load: {error}"
     threads = "OpenMP" if module.WITH_OPENMP else "no OpenMP: kernels run on one thread"
-    return module, f"{module.__file__} ({threads}, CUDA kernels: {_yes(module.WITH_CUDA)})"
+    return module, f"{module.__file__} ({threads})"
 
 
 def facts() -> dict[str, str]:
@@ -136,6 +136,8 @@ def facts() -> dict[str, str]:
     }
     if module is not None:
         found["instructions"] = f"{module.isa()} chosen, compiled for {', '.join(module.ISAS)}"
+    built = "built" if registry.HAS_CUDA_KERNELS else "not built: there was no nvcc"
+    found["CUDA kernels"] = built
     found["GPU"] = _gpu()
     found["KVPO_BACKEND"] = registry.DEFAULT_BACKEND or "not set: each call takes the first"
     return found
@@ -159,7 +161,3 @@ def _version(package: str) -> str:
 
 def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"

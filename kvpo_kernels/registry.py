@@ -79,6 +79,7 @@ def _version_of(*distributions: str) -> str:
 # Facts about this process, fixed at import. Constants, not cached functions: torch.compile ignores
 # the cache and would trace the look-up.
 HAS_NATIVE: Final = importlib.util.find_spec("kvpo_kernels._native") is not None
+HAS_CUDA_KERNELS: Final = importlib.util.find_spec("kvpo_kernels._cuda") is not None
 HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
 TRITON_VERSION: Final = _version_of("triton", "pytorch-triton", "pytorch-triton-rocm")
 HAS_FLASH_ATTN: Final = importlib.util.find_spec("flash_attn") is not None

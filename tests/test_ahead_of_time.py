@@ -1,13 +1,18 @@
 """The Triton kernels compile for every GPU they are for, without spilling registers."""
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import triton
 from ahead_of_time import HOPPER, PORTABLE
+
+from kvpo_kernels import registry
 
 SCRIPT = Path(__file__).parent / "ahead_of_time.py"
 TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -60,3 +65,26 @@ def test_kernels_compile_without_spills(target: str) -> None:
         if r["backend"] == "gluon":  # 2 consumers of 4 warps, and the producer's
             assert r["num_warps"] == 12 and r["registers"] == 168, r
             assert r["wgmma"] == 2 * PRODUCTS[r["kernel"]](r["head_size"] // 16), r
+
+
+@pytest.mark.skipif(not registry.HAS_CUDA_KERNELS, reason="no nvcc where this was installed")
+def test_cuda_kernels_do_not_spill() -> None:
+    spec = importlib.util.find_spec("kvpo_kernels._cuda")
+    assert spec is not None and spec.origin is not None
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run(
+        [cuobjdump, "--dump-resource-usage", spec.origin],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for target in ("sm_80", "sm_90"):
+        code = "".join(
+            part for part in usage.split("Fatbin elf code") if f"arch = {target}" in part
+        )
+        kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", code)
+        for name in ("fused_kernel", "energy_kernel", "gradient_kernel"):
+            # float32 and bfloat16, aligned or not
+            assert sum(name in kernel for kernel, *_ in kernels) == 4, (target, name, usage)
+        for kernel, registers, stack, local in kernels:
+            assert int(registers) <= 64 and int(stack) == int(local) == 0, (target, kernel)

@@ -10,6 +10,10 @@ from kvpo_kernels import doctor, explain, registry
 from kvpo_kernels.__main__ import main
 from kvpo_kernels.errors import BackendUnavailable, ConfigError
 
+CUDA_MISSING = (
+    None if registry.HAS_CUDA_KERNELS else "the CUDA module is not built: there was no nvcc"
+)
+
 
 @pytest.mark.parametrize("op", doctor.OPS)
 def test_the_first_that_can_run_is_the_one_taken(op: str) -> None:
@@ -28,6 +32,7 @@ def test_reasons_are_those_of_the_problem() -> None:
     assert explain("tve_grpo", dtype=torch.float64) == {
         "cpu": "takes float32 and bfloat16, got torch.float64",
         "triton": "takes float32, bfloat16 and float16, got torch.float64",
+        "cuda": CUDA_MISSING or "takes tensors of an NVIDIA GPU, got cpu",
         "reference": None,
     }
     assert "head" in str(explain("routed_attention", head_size=17)["cpu"])

@@ -5,10 +5,11 @@
 #include <limits>
 #include <vector>
 
+#include "kvpo/branch_policy_terms.h"
+
 namespace kvpo::cpu {
 namespace {
 
-constexpr double kKlEpsilon = 1e-10; // of the official KL: log(pi + eps)
 constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 // A sum that does not depend on the order of the branches, to the bit: smallest terms first, NaN
@@ -66,61 +67,49 @@ void branch_policy_loss(const BranchPolicyLoss& args) {
     finite[g] = std::isfinite(s[g]) && std::isfinite(old[g]) && std::isfinite(A[g]) &&
                 std::isfinite(ref[g]);
     count += finite[g] != 0.0;
+    grad[g] = 0.0, ratio[g] = log_ratio[g] = kNan;
   }
   if (count == 0 || (count < G && !o.drop)) {
-    const double value = o.drop ? 0.0 : kNan;
-    for (int i = 0; i < kStatistics; ++i)
-      statistics[i] = value;
+    const double value = void_value(o);
+    std::fill(statistics, statistics + kStatistics, value);
     if (o.drop)
       statistics[kDropped] = static_cast<double>(G);
-    for (int64_t g = 0; g < G; ++g)
-      grad[g] = value, ratio[g] = log_ratio[g] = kNan;
+    std::fill(grad, grad + G, value);
     return;
   }
 
   const LogSoftmax log_pi(s, finite, G), log_old(old, finite, G), log_ref(ref, finite, G);
-  const double n = static_cast<double>(count), low = 1.0 - o.clip_low, high = 1.0 + o.clip_high;
+  const double n = static_cast<double>(count);
+  std::vector<BranchTerms> terms(static_cast<size_t>(G));
   OrderedSum gains(G), divergences(G), negentropies(G), slopes(G), costs(G);
   double outside = 0.0;
   for (int64_t g = 0; g < G; ++g) {
-    if (finite[g] == 0.0) {
-      grad[g] = 0.0, ratio[g] = log_ratio[g] = kNan;
-      continue;
-    }
-    const double lp = log_pi(s[g]), pi = std::exp(lp), r = lp - log_old(old[g]);
-    const double clamped = std::fmin(std::fmax(r, -o.log_ratio_clamp), o.log_ratio_clamp);
-    const double rho = std::exp(clamped), clipped = std::fmin(std::fmax(rho, low), high);
-    gains += std::fmin(rho * A[g], clipped * A[g]);
-    const bool active =
-        !(A[g] > 0 && rho > high) && !(A[g] < 0 && rho < low) && std::fabs(r) <= o.log_ratio_clamp;
-    const double divergence = std::log(pi + kKlEpsilon) - log_ref(ref[g]);
-    divergences += pi * divergence;
-    negentropies += pi * lp;
-    outside += rho < low || rho > high;
-    grad[g] = active ? -A[g] * rho / n : 0.0;
-    slopes += grad[g];
-    costs += pi * (divergence + pi / (pi + kKlEpsilon));
-    ratio[g] = rho;
-    log_ratio[g] = r;
-  }
-  const double objective = gains.total(), kl = divergences.total(), sum_a = slopes.total(),
-               mean_c = costs.total();
-  for (int64_t g = 0; g < G; ++g) {
     if (finite[g] == 0.0)
       continue;
-    const double pi = std::exp(log_pi(s[g]));
-    const double c = std::log(pi + kKlEpsilon) - log_ref(ref[g]) + pi / (pi + kKlEpsilon);
-    grad[g] = o.scale * (grad[g] - pi * sum_a + o.kl_coef * pi * (c - mean_c));
+    const BranchTerms t = terms[static_cast<size_t>(g)] =
+        branch_terms(log_pi(s[g]), log_old(old[g]), log_ref(ref[g]), A[g], n, o);
+    gains += t.gain;
+    divergences += t.pi * t.divergence;
+    negentropies += t.pi * t.log_pi;
+    slopes += t.slope;
+    costs += t.pi * t.cost;
+    outside += t.outside;
+    ratio[g] = t.ratio;
+    log_ratio[g] = t.log_ratio;
   }
-  const double entropy = -o.branch_mass * (negentropies.total() + std::log(o.branch_mass));
-  statistics[kLoss] = o.scale * (-objective / n + o.kl_coef * kl);
-  statistics[kGrpo] = -objective / n;
-  statistics[kKl] = kl;
-  statistics[kEntropy] = entropy;
-  statistics[kClipFraction] = outside / n;
-  statistics[kSkip] =
-      o.min_entropy_ratio > 0 && entropy > std::log(n) * (1.0 - o.min_entropy_ratio);
-  statistics[kDropped] = static_cast<double>(G - count);
+  const BranchTotals all{
+      n,
+      gains.total(),
+      divergences.total(),
+      negentropies.total(),
+      slopes.total(),
+      costs.total(),
+      outside,
+  };
+  for (int64_t g = 0; g < G; ++g)
+    if (finite[g] != 0.0)
+      grad[g] = score_gradient(terms[static_cast<size_t>(g)], all, o);
+  write_statistics(all, G, o, statistics);
 }
 
 } // namespace kvpo::cpu

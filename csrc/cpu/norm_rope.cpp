@@ -145,7 +145,6 @@ void for_each_token(const NormRopeForward& a, const Visit& visit) {
 
 template <bool kStream, typename T> void forward(const NormRopeForward& a) {
   const auto& s = a.shape;
-  const int64_t C = s.heads * s.head_size;
   for_each_token<kStream>(a, [&](const float* cosines, const float* sines, Token token) {
     const T* const x = static_cast<const T*>(a.x);
     token_forward<kStream>(a, x + token.at, cosines, sines, static_cast<T*>(a.out) + token.at,

@@ -57,9 +57,20 @@ class TveGrpoLoss(BranchPolicyLoss):
         return self._per_branch(4)
 
 
+def _why_not_cuda(p: Problem) -> str | None:
+    if not registry.HAS_CUDA_KERNELS:
+        return "the CUDA module is not built: there was no nvcc"
+    if p.device != "cuda" or torch.version.hip is not None:
+        return f"takes tensors of an NVIDIA GPU, got {p.device}"
+    if p.dtype not in (torch.float32, torch.bfloat16):
+        return f"takes float32 and bfloat16, got {p.dtype}"
+    return None
+
+
 BACKENDS: tuple[Backend[Problem], ...] = (
     Backend("cpu", "kvpo_kernels.backends.native.tve_grpo", why_not_cpu),
     Backend("triton", "kvpo_kernels.backends.triton.tve_grpo", why_not_triton),
+    Backend("cuda", "kvpo_kernels.backends.cuda.tve_grpo", _why_not_cuda),  # not measured yet
     Backend("reference", "kvpo_kernels.reference.tve_grpo", lambda p: None),
 )
 

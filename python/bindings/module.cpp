@@ -13,7 +13,6 @@ void bind_peak_flops(py::module_& m);
 
 PYBIND11_MODULE(_native, m) {
   py::register_exception<kvpo::Error>(m, "Error", PyExc_ValueError);
-  m.attr("WITH_CUDA") = false;
 #ifdef _OPENMP
   m.attr("WITH_OPENMP") = true;
 #else

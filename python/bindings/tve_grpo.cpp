@@ -7,45 +7,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "dlpack.h"
 #include "kvpo/tve_grpo.h"
+#include "trajectories.h"
 
 namespace py = pybind11;
-using kvpo::dlpack::kBfloat;
 using kvpo::dlpack::kFloat;
 using kvpo::dlpack::View;
 using Numbers = std::vector<double>;
 
 namespace {
-
-kvpo::Trajectories trajectories(const View& pred, const View& target, int threads) {
-  KVPO_CHECK(pred.rank() >= 2 && target.rank() == pred.rank(), "pred must be [G, S, ...]");
-  int64_t numel = 1;
-  for (int i = 0; i < pred.rank(); ++i) {
-    KVPO_CHECK(target.size(i) == pred.size(i), "target must have the shape of pred");
-    numel *= i < 2 ? 1 : pred.size(i);
-  }
-  const bool bfloat16 = pred.is(kBfloat, 16);
-  KVPO_CHECK(bfloat16 || pred.is(kFloat, 32), "pred must be float32 or bfloat16");
-  KVPO_CHECK(target.is(bfloat16 ? kBfloat : kFloat, bfloat16 ? 16 : 32),
-             "target must have the dtype of pred");
-  return {pred.size(0),
-          pred.size(1),
-          numel,
-          bfloat16,
-          pred.contiguous().data(),
-          target.contiguous().data(),
-          threads};
-}
-
-void* gradient_data(const View& grad, const View& pred) {
-  KVPO_CHECK(grad.rank() == pred.rank(), "grad must have the shape of pred");
-  for (int i = 0; i < pred.rank(); ++i)
-    KVPO_CHECK(grad.size(i) == pred.size(i), "grad must have the shape of pred");
-  KVPO_CHECK(grad.is(pred.is(kBfloat, 16) ? kBfloat : kFloat, pred.is(kBfloat, 16) ? 16 : 32),
-             "grad must have the dtype of pred");
-  return grad.contiguous().data();
-}
 
 void expect_size(const Numbers& numbers, int64_t size, const char* name) {
   KVPO_CHECK(static_cast<int64_t>(numbers.size()) == size, std::string(name) + " has wrong size");
@@ -57,7 +27,7 @@ size_t partials_size(const kvpo::Trajectories& x) {
 
 Numbers velocity_energy(const py::capsule& pred, const py::capsule& target, const Numbers& weights,
                         int threads) {
-  const auto x = trajectories(View(pred, "pred"), View(target, "target"), threads);
+  const auto x = kvpo::trajectories(View(pred, "pred"), View(target, "target"), threads);
   expect_size(weights, x.steps, "weights");
   Numbers energies(static_cast<size_t>(x.branches));
   py::gil_scoped_release release;
@@ -69,9 +39,9 @@ Numbers velocity_energy(const py::capsule& pred, const py::capsule& target, cons
 void velocity_gradient(const py::capsule& pred, const py::capsule& target,
                        const Numbers& coefficients, const py::capsule& grad, int threads) {
   const View p(pred, "pred");
-  const auto x = trajectories(p, View(target, "target"), threads);
+  const auto x = kvpo::trajectories(p, View(target, "target"), threads);
   expect_size(coefficients, x.branches * x.steps, "coefficients");
-  void* const out = gradient_data(View(grad, "grad"), p);
+  void* const out = kvpo::gradient_data(View(grad, "grad"), p);
   py::gil_scoped_release release;
   kvpo::cpu::velocity_gradient({x, coefficients.data(), out});
 }
@@ -134,7 +104,7 @@ void tve_grpo(const py::capsule& pred, const py::capsule& target, const Numbers&
               bool drop, const py::capsule& numbers, const std::optional<py::capsule>& grad,
               int threads) {
   const View p(pred, "pred");
-  const auto x = trajectories(p, View(target, "target"), threads);
+  const auto x = kvpo::trajectories(p, View(target, "target"), threads);
   expect_size(weights, x.steps, "weights");
   expect_size(grad_weights, x.steps, "grad_weights");
   Output output(numbers, x.branches, kvpo::kBranchRows + 1); // and the energies
@@ -143,7 +113,7 @@ void tve_grpo(const py::capsule& pred, const py::capsule& target, const Numbers&
       x.branches, old, advantages, ref,
       {clip_low, clip_high, kl_coef, log_ratio_clamp, min_entropy_ratio, scale, branch_mass, drop},
       output.numbers());
-  void* const out = grad ? gradient_data(View(*grad, "grad"), p) : nullptr;
+  void* const out = grad ? kvpo::gradient_data(View(*grad, "grad"), p) : nullptr;
   py::gil_scoped_release release;
   Numbers partials(partials_size(x)), scores(static_cast<size_t>(x.branches));
   Numbers coefficients(static_cast<size_t>(x.branches * x.steps));

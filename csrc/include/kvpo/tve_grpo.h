@@ -61,4 +61,31 @@ void velocity_gradient(const VelocityGradient& args);
 void tve_grpo(const TveGrpo& args);
 } // namespace cpu
 
+// On a GPU. All pointers are the current device's; results stay there and nothing waits for them.
+namespace cuda {
+
+constexpr int kThreads = 256, kPerThread = 8;
+constexpr int64_t kChunk = kThreads * kPerThread; // values whose squares are added up in float
+constexpr int64_t kMaxBranches = kThreads;
+
+struct TveGrpo {
+  Trajectories trajectories;  // `threads` is ignored
+  const double* weights;      // [S]
+  const double* grad_weights; // [S], 0 for a block-step without gradient
+  BranchPolicyObjective objective;
+  const float* old_scores; // [G]
+  const float* advantages; // [G]
+  const float* ref_scores; // [G], may be `old_scores`
+  double* partials;        // scratch [G, S, chunks of kChunk]
+  float* coefficients;     // scratch [G, S]
+  int* arrived;            // scratch [1]
+  float* numbers;          // [kStatistics + (kBranchRows + 1) * G]: last the energies
+  void* grad;              // [G, S, N], or null
+};
+
+// One launch where the GPU's shared memory holds all differences between the passes, else two.
+// Throws Error for what it cannot run, CudaError for what the runtime refuses.
+void tve_grpo(const TveGrpo& args, void* stream);
+} // namespace cuda
+
 } // namespace kvpo
