@@ -111,7 +111,7 @@ void sum_partials(const VelocityEnergy& a) {
       double sum = 0.0;
       for (int64_t c = 0; c < chunks; ++c)
         sum += *partial++;
-      energy += a.weights[s] * (sum / static_cast<double>(x.numel));
+      energy += a.weights[g * a.weights_stride + s] * (sum / static_cast<double>(x.numel));
     }
     a.energies[g] = energy;
   }
@@ -159,8 +159,9 @@ void policy(const TveGrpo& a) {
   const double* kappa = args.numbers + kStatistics + kScoreGrad * x.branches;
   for (int64_t g = 0; g < x.branches; ++g)
     for (int64_t s = 0; s < x.steps; ++s)
-      a.coefficients[g * x.steps + s] =
-          -2.0 * static_cast<float>(kappa[g]) * a.grad_weights[s] / static_cast<double>(x.numel);
+      a.coefficients[g * x.steps + s] = -2.0 * static_cast<float>(kappa[g]) *
+                                        a.grad_weights[g * a.energy.weights_stride + s] /
+                                        static_cast<double>(x.numel);
 }
 
 template <typename T> void fused(const TveGrpo& a) {

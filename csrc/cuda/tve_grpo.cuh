@@ -189,7 +189,8 @@ __device__ inline void policy(const TveGrpo& a) {
   for (int branch = g / 32; branch < G; branch += kWarps) {
     double energy = 0.0;
     for (int64_t i = lane; i < per_branch; i += 32)
-      energy += __ldcg(a.partials + branch * per_branch + i) * a.weights[i / chunks];
+      energy += __ldcg(a.partials + branch * per_branch + i) *
+                a.weights[branch * a.weights_stride + i / chunks];
     for (int step = 16; step > 0; step /= 2)
       energy += __shfl_xor_sync(0xffffffffu, energy, step);
     if (lane == 0)
@@ -238,8 +239,8 @@ __device__ inline void policy(const TveGrpo& a) {
   // From the gradient as the caller sees it: so the two-pass form gives the same bits.
   const double kappa = static_cast<float>(grad);
   for (int s = 0; s < S; ++s)
-    a.coefficients[g * S + s] =
-        static_cast<float>(-2.0 * kappa * a.grad_weights[s] / static_cast<double>(x.numel));
+    a.coefficients[g * S + s] = static_cast<float>(
+        -2.0 * kappa * a.grad_weights[g * a.weights_stride + s] / static_cast<double>(x.numel));
 }
 
 // All in one cooperative launch, the differences kept in shared memory.

@@ -74,6 +74,7 @@ Result run(const std::vector<T>& pred, const std::vector<T>& target, int64_t num
   args.energy = {
       {kBranches, kSteps, numel, sizeof(T) == 2, p.data() + offset, t.data() + offset, threads},
       weights,
+      0,
       partials.data(),
       r.energies.data()};
   args.grad_weights = grad_weights;

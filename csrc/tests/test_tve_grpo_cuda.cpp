@@ -45,15 +45,15 @@ template <typename T> struct Problem {
   std::vector<float> old, advantages, ref;
   kvpo::BranchPolicyObjective objective;
 
-  Problem(int64_t G, int64_t S, int64_t N) : G(G), S(S), N(N) {
+  Problem(int64_t G, int64_t S, int64_t N, bool own_weights = false) : G(G), S(S), N(N) {
     const auto size = static_cast<size_t>(G * S * N);
     for (size_t i = 0; i < size; ++i) {
       pred.push_back(rounded<T>(uniform()));
       target.push_back(rounded<T>(uniform()));
     }
-    for (int64_t s = 0; s < S; ++s) {
-      weights.push_back(0.5 + 0.25 * static_cast<double>(s));
-      grad_weights.push_back(s == 1 ? 0.0 : weights.back());
+    for (int64_t s = 0; s < (own_weights ? G * S : S); ++s) {
+      weights.push_back(0.5 + 0.125 * static_cast<double>(s % 7));
+      grad_weights.push_back(s % S == 1 ? 0.0 : weights.back());
     }
     for (int64_t g = 0; g < G; ++g) {
       old.push_back(uniform());
@@ -62,6 +62,8 @@ template <typename T> struct Problem {
     }
     objective = {0.1, 0.2, 10.0, 20.0, 0.05, 0.5, 0.5, false};
   }
+
+  int64_t weights_stride() const { return static_cast<int64_t>(weights.size()) == S ? 0 : S; }
 
   // The same branches in another order.
   Problem permuted(const std::vector<int64_t>& order) const {
@@ -104,6 +106,7 @@ Result<T> run(const Problem<T>& p, int64_t blocks, bool aligned, size_t offset =
   const TveGrpo a{{p.G, p.S, p.N, sizeof(T) == 2, p.pred.data(), p.target.data(), 0},
                   p.weights.data(),
                   p.grad_weights.data(),
+                  p.weights_stride(),
                   p.objective,
                   p.old.data(),
                   p.advantages.data(),
@@ -145,6 +148,7 @@ template <typename T> void compare(const Problem<T>& p, const Result<T>& r) {
   kvpo::cpu::tve_grpo(
       {{{p.G, p.S, p.N, sizeof(T) == 2, p.pred.data(), p.target.data(), 1},
         p.weights.data(),
+        p.weights_stride(),
         partials.data(),
         energies.data()},
        p.grad_weights.data(),
@@ -168,6 +172,13 @@ template <typename T> void compare(const Problem<T>& p, const Result<T>& r) {
     expect(std::isnan(truth) ? std::isnan(ours) : std::fabs(ours - truth) <= allowed,
            "the gradient differs from the CPU's", p.N, p.G);
   }
+}
+
+// Each branch with weights of its own.
+void check_own_weights() {
+  const Problem<float> p(3, 2, 100, true);
+  for (int64_t blocks : {2, 0})
+    compare(p, run(p, blocks, false));
 }
 
 template <typename T> void check(int64_t G, int64_t S, int64_t N) {
@@ -228,6 +239,7 @@ int main() {
   }
   check<float>(1, 1, 40);
   check<bf16>(70, 1, 24);
+  check_own_weights();
   check_nonfinite();
   std::printf(failures ? "%d failures\n" : "ok\n", failures);
   return failures != 0;

@@ -96,12 +96,12 @@ def tve_grpo_loss(
     gradient for `pred` is made along with the loss, while the inputs are in the cache: it is
     `pred_grad`, and the backward of `loss` costs one scale, nothing where it is 1 on a CPU.
 
-        d(loss)/d(pred[g, s]) = -2 * weight[s] * score_grad[g] * (pred - target)[g, s] / N
+        d(loss)/d(pred[g, s]) = -2 * weight[g, s] * score_grad[g] * (pred - target)[g, s] / N
 
     Args:
         pred: `[G, S, ...]`, as in `trajectory_velocity_energy`; the only differentiable argument.
         target: as `pred`.
-        step_weights: `[S]`.
+        step_weights: `[S]`, or `[G, S]` as in `trajectory_velocity_energy`.
         old_scores: `[G]`, float32 (float64 for float64 predictions), as in `branch_policy_loss`.
         advantages: `[G]`, as `old_scores`.
         ref_scores: `[G]`, as `old_scores`, or None for the old policy.
@@ -212,8 +212,8 @@ def _masked(weights: Tensor, grad_steps: Tensor | Sequence[bool]) -> Tensor:
     mask = torch.as_tensor(grad_steps, device=None if isinstance(grad_steps, Tensor) else "cpu")
     if mask.dtype is not torch.bool:
         raise DtypeError(f"grad_steps must be bool, got {mask.dtype}")
-    if mask.shape != weights.shape:
-        raise ShapeError(f"grad_steps must be {list(weights.shape)}, got {list(mask.shape)}")
+    if mask.shape != weights.shape[-1:]:
+        raise ShapeError(f"grad_steps must be {list(weights.shape[-1:])}, got {list(mask.shape)}")
     return torch.where(mask.to(weights.device), weights, 0.0)
 
 

@@ -52,7 +52,7 @@ def trajectory_velocity_energy(
 ) -> Tensor:
     r"""Weighted mean squared residual of each branch's predictions over its block-steps.
 
-        energy[g] = sum_s weight[s] * mean((pred[g, s] - target[g, s])^2)
+        energy[g] = sum_s weight[g, s] * mean((pred[g, s] - target[g, s])^2)
 
     The negative energy is the branch's score (log-weight): see `velocity_step_weights` for the
     weights that make it so. Deterministic, and a branch's energy does not depend on the others or
@@ -62,7 +62,9 @@ def trajectory_velocity_energy(
         pred: `[G, S, ...]`, S block-steps (blocks x denoise steps); float32, float64, bfloat16 or
             float16; x0 predictions or velocities of the policy. Differentiable.
         target: shape, dtype and device of `pred`: what the rollout recorded; a constant.
-        step_weights: `[S]`, floating point, on the device of `pred`; a constant.
+        step_weights: `[S]`, floating point, on the device of `pred`; a constant. `[G, S]` where
+            branches differ in their windows: 0 for a block-step that a branch does not have, whose
+            `pred` and `target` must then be finite.
         backend: a name in `BACKENDS`; None takes the first that can run.
 
     Returns:
@@ -84,7 +86,12 @@ def trajectory_velocity_energy(
 
 
 def velocity_gradient(
-    pred: Tensor, target: Tensor, weight: float, kappa: Tensor, *, backend: str | None = None
+    pred: Tensor,
+    target: Tensor,
+    weight: float | Tensor,
+    kappa: Tensor,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     r"""Gradient of the loss for the predictions of one block-step, from d(loss)/d(scores).
 
@@ -96,7 +103,7 @@ def velocity_gradient(
     Args:
         pred: `[b, ...]` predictions of b branches, N values each.
         target: as `pred`.
-        weight: the block-step's weight in the energy.
+        weight: the block-step's weight in the energy; `[b]` where the branches' differ.
         kappa: `[b]`, floating point, on the device of `pred`: the rows of `score_grad`.
         backend: as in `trajectory_velocity_energy`.
 
@@ -106,7 +113,7 @@ def velocity_gradient(
     Raises:
         ShapeError, DtypeError: naming the argument.
     """
-    weights = _one_weight(pred, target, weight)
+    weights = _weight_of_step(pred, target, weight)
     if not isinstance(kappa, Tensor) or not kappa.is_floating_point():
         raise DtypeError("kappa must be a floating-point tensor")
     if kappa.shape != pred.shape[:1]:
@@ -148,7 +155,7 @@ class TrajectoryEnergies:
         self,
         pred: Tensor,
         target: Tensor,
-        weight: float,
+        weight: float | Tensor,
         branches: Sequence[int] | Tensor | None = None,
     ) -> None:
         """Add `weight * mean((pred - target)^2)` of one block-step to the energies.
@@ -156,14 +163,14 @@ class TrajectoryEnergies:
         Args:
             pred: `[b, ...]`, predictions of b branches; not differentiated.
             target: as `pred`.
-            weight: the block-step's weight.
+            weight: the block-step's weight; a tensor `[b]` where the branches' differ.
             branches: which of the G branches the rows are, without repetition; b = G rows in order
                 if None. A list or a CPU tensor: its values are checked on the host.
 
         Raises:
             ShapeError, DtypeError: naming argument, row and limit; nothing was added.
         """
-        weights = _one_weight(pred, target, weight)
+        weights = _weight_of_step(pred, target, weight)
         if pred.device != self._sum.device:
             raise DtypeError(f"pred must be on {self._sum.device}, got {pred.device}")
         rows, G = pred.shape[0], self.num_branches
@@ -258,8 +265,11 @@ def checked_weights(step_weights: Tensor, pred: Tensor) -> Tensor:
     """Check `[S]` weights against the predictions and return them in float64."""
     if not isinstance(step_weights, Tensor) or not step_weights.is_floating_point():
         raise DtypeError("step_weights must be a floating-point tensor")
-    if step_weights.ndim != 1 or step_weights.shape[0] != pred.shape[1]:
-        raise ShapeError(f"step_weights must be [{pred.shape[1]}], got {list(step_weights.shape)}")
+    G, S = pred.shape[:2]
+    if step_weights.shape not in ((S,), (G, S)):
+        raise ShapeError(
+            f"step_weights must be [{S}] or [{G}, {S}], got {list(step_weights.shape)}"
+        )
     if step_weights.device != pred.device:
         raise DtypeError(f"step_weights must be on {pred.device}, got {step_weights.device}")
     if step_weights.requires_grad:
@@ -267,13 +277,22 @@ def checked_weights(step_weights: Tensor, pred: Tensor) -> Tensor:
     return step_weights.double()
 
 
-def _one_weight(pred: Tensor, target: Tensor, weight: float) -> Tensor:
+def _weight_of_step(pred: Tensor, target: Tensor, weight: float | Tensor) -> Tensor:
+    """Check one block-step `[b, ...]`. Its weight as `[1]`, or `[b, 1]` where branches differ."""
     if not isinstance(pred, Tensor) or pred.ndim < 1:
         raise ShapeError("pred must be a tensor [b, ...]")
     if not isinstance(target, Tensor) or target.shape != pred.shape:
         got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
         raise ShapeError(f"target must be {list(pred.shape)} like pred, got {got}")
     check_trajectories(pred.detach().unsqueeze(1), target.detach().unsqueeze(1))
+    if isinstance(weight, Tensor) and weight.ndim > 0:
+        if weight.shape != pred.shape[:1] or not weight.is_floating_point():
+            raise ShapeError(
+                f"weight must be a float or [{pred.shape[0]}], got {list(weight.shape)}"
+            )
+        if weight.device.type == "cpu" and not bool(weight.isfinite().all()):
+            raise ShapeError(f"weight must be finite, got {weight.tolist()}")
+        return weight.detach().to(pred.device, torch.float64).unsqueeze(1)
     if not abs(float(weight)) < float("inf"):
         raise ShapeError(f"weight must be finite, got {weight}")
     return torch.tensor([float(weight)], dtype=torch.float64, device=pred.device)

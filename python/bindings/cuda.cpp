@@ -37,12 +37,13 @@ void tve_grpo(const py::capsule& pred, const py::capsule& target, const py::caps
   KVPO_CHECK(p.device() == kvpo::dlpack::kCuda && t.device() == p.device(),
              "pred and target must be on a GPU");
   const auto x = kvpo::trajectories(p, t, 0);
-  const int64_t G = x.branches, S = x.steps;
+  const int64_t G = x.branches, S = x.steps, size = View(weights, "weights").size(0);
   constexpr int64_t chunk = kvpo::cuda::kChunk, rows = kvpo::kBranchRows + 1;
   const kvpo::cuda::TveGrpo args{
       x,
-      on_gpu<double>(weights, {S}, "weights"),
-      on_gpu<double>(grad_weights, {S}, "grad_weights"),
+      on_gpu<double>(weights, {size}, "weights"),
+      on_gpu<double>(grad_weights, {size}, "grad_weights"),
+      kvpo::weights_stride(x, size, "weights"),
       {clip_low, clip_high, kl_coef, log_ratio_clamp, min_entropy_ratio, scale, branch_mass, drop},
       on_gpu<float>(old, {G}, "old_scores"),
       on_gpu<float>(advantages, {G}, "advantages"),

@@ -31,6 +31,13 @@ inline Trajectories trajectories(const dlpack::View& pred, const dlpack::View& t
           threads};
 }
 
+// From branch to branch, of `size` weights that are [S], or [G, S].
+inline int64_t weights_stride(const Trajectories& x, int64_t size, const char* name) {
+  KVPO_CHECK(size == x.steps || size == x.branches * x.steps,
+             std::string(name) + " has wrong size");
+  return size == x.steps ? 0 : x.steps;
+}
+
 // Of the shape and dtype of the predictions.
 inline void* gradient_data(const dlpack::View& grad, const dlpack::View& pred) {
   using dlpack::kBfloat, dlpack::kFloat;

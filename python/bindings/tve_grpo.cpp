@@ -28,11 +28,11 @@ size_t partials_size(const kvpo::Trajectories& x) {
 Numbers velocity_energy(const py::capsule& pred, const py::capsule& target, const Numbers& weights,
                         int threads) {
   const auto x = kvpo::trajectories(View(pred, "pred"), View(target, "target"), threads);
-  expect_size(weights, x.steps, "weights");
+  const auto stride = kvpo::weights_stride(x, static_cast<int64_t>(weights.size()), "weights");
   Numbers energies(static_cast<size_t>(x.branches));
   py::gil_scoped_release release;
   Numbers partials(partials_size(x));
-  kvpo::cpu::velocity_energy({x, weights.data(), partials.data(), energies.data()});
+  kvpo::cpu::velocity_energy({x, weights.data(), stride, partials.data(), energies.data()});
   return energies;
 }
 
@@ -105,8 +105,8 @@ void tve_grpo(const py::capsule& pred, const py::capsule& target, const Numbers&
               int threads) {
   const View p(pred, "pred");
   const auto x = kvpo::trajectories(p, View(target, "target"), threads);
-  expect_size(weights, x.steps, "weights");
-  expect_size(grad_weights, x.steps, "grad_weights");
+  const auto stride = kvpo::weights_stride(x, static_cast<int64_t>(weights.size()), "weights");
+  expect_size(grad_weights, static_cast<int64_t>(weights.size()), "grad_weights");
   Output output(numbers, x.branches, kvpo::kBranchRows + 1); // and the energies
   double* const energies = output.numbers().data() + output.numbers().size() - x.branches;
   const auto loss = policy(
@@ -117,7 +117,7 @@ void tve_grpo(const py::capsule& pred, const py::capsule& target, const Numbers&
   py::gil_scoped_release release;
   Numbers partials(partials_size(x)), scores(static_cast<size_t>(x.branches));
   Numbers coefficients(static_cast<size_t>(x.branches * x.steps));
-  kvpo::cpu::tve_grpo({{x, weights.data(), partials.data(), energies},
+  kvpo::cpu::tve_grpo({{x, weights.data(), stride, partials.data(), energies},
                        grad_weights.data(),
                        loss,
                        scores.data(),

@@ -147,8 +147,8 @@ def test_mismatched_trajectories_do_not_broadcast() -> None:
     e = trajectory_velocity_energy
     refuses(r"target must be \[3, 2, 5\] like pred", lambda: e(x, x[:, :, :1], w))
     refuses(r"target must be \[3, 2, 5\] like pred", lambda: e(x, x[:1], w))
-    refuses(r"step_weights must be \[2\], got \[1\]", lambda: e(x, x, w[:1]))
-    refuses(r"step_weights must be \[2\], got \[\]", lambda: e(x, x, torch.tensor(1.0)))
+    refuses(r"step_weights must be \[2\] or \[3, 2\], got \[1\]", lambda: e(x, x, w[:1]))
+    refuses(r"step_weights must be \[2\] or \[3, 2\], got \[\]", lambda: e(x, x, torch.tensor(1.0)))
     refuses(r"pred must be \[G, S, ...\]", lambda: e(x[0, 0], x[0, 0], w))
     refuses("not empty", lambda: e(x[:0], x[:0], w))
     refuses("target must be torch.float32", lambda: e(x, x.double(), w), TypeError)
@@ -198,6 +198,8 @@ def test_bad_two_pass_arguments_change_nothing() -> None:
     refuses(r"branches\[0\] must be an int", lambda: acc.add(x, zero, 1.0, [0.0, 1.0]), TypeError)  # type: ignore[list-item]
     refuses("weight must be finite", lambda: acc.add(x, zero, NAN, [0, 1]))
     refuses(r"target must be \[2, 4\]", lambda: acc.add(x, zero[:1], 1.0, [0, 1]))
+    refuses(r"weight must be a float or \[2\]", lambda: acc.add(x, zero, x[0], [0, 1]))
+    refuses("weight must be finite", lambda: acc.add(x, zero, x[:, 0] / 0, [0, 1]))
     assert acc.energies.tolist() == [0.0, 0.0, 0.0]
     refuses("num_branches must be >= 1", lambda: TrajectoryEnergies(0))
     refuses("dtype must be", lambda: TrajectoryEnergies(1, dtype=torch.float16), TypeError)

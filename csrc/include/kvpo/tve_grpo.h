@@ -1,6 +1,6 @@
 // Trajectory velocity energies, their gradient, and both with the branch policy loss between them.
 //
-//   energy[g]     = sum_s weights[s] mean((pred[g, s] - target[g, s])^2)
+//   energy[g]     = sum_s weights[g, s] mean((pred[g, s] - target[g, s])^2)
 //   grad[g, s]    = coefficients[g, s] (pred[g, s] - target[g, s])
 //
 // Differences are taken in float and summed in a fixed order: float within a chunk of
@@ -34,9 +34,10 @@ struct Trajectories {
 
 struct VelocityEnergy {
   Trajectories trajectories;
-  const double* weights; // [S]
-  double* partials;      // scratch [G, S, chunks]
-  double* energies;      // [G]
+  const double* weights;  // [S], or [G, S]
+  int64_t weights_stride; // from branch to branch: 0, or S
+  double* partials;       // scratch [G, S, chunks]
+  double* energies;       // [G]
 };
 
 struct VelocityGradient {
@@ -48,7 +49,7 @@ struct VelocityGradient {
 // The scores are the negative energies rounded to float, as the caller sees them.
 struct TveGrpo {
   VelocityEnergy energy;
-  const double* grad_weights; // [S], 0 for a block-step without gradient
+  const double* grad_weights; // as `weights`, 0 for a block-step without gradient
   BranchPolicyLoss policy;    // `scores` is ignored: this fills `scores`
   double* scores;             // scratch [G]
   double* coefficients;       // scratch [G, S]
@@ -70,8 +71,9 @@ constexpr int64_t kMaxBranches = kThreads;
 
 struct TveGrpo {
   Trajectories trajectories;  // `threads` is ignored
-  const double* weights;      // [S]
-  const double* grad_weights; // [S], 0 for a block-step without gradient
+  const double* weights;      // [S], or [G, S]
+  const double* grad_weights; // as `weights`, 0 for a block-step without gradient
+  int64_t weights_stride;     // from branch to branch: 0, or S
   BranchPolicyObjective objective;
   const float* old_scores; // [G]
   const float* advantages; // [G]

@@ -27,7 +27,7 @@ def forward(
     pred, target = pred.contiguous(), target.contiguous()
     grad = torch.empty_like(pred) if needs_grad else pred.new_empty(0)
     numbers = old_scores.new_empty(7 + 5 * G)
-    inputs = (weights, grad_weights, old_scores, advantages)
+    inputs = (weights.flatten(), grad_weights.flatten(), old_scores, advantages)
     with torch.cuda.device(pred.device):
         _cuda.tve_grpo(  # type: ignore[call-arg]
             to_dlpack(pred),

@@ -19,14 +19,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return `(numbers [7 + 5 G], grad)`; grad is empty if not needed."""
     *objective, needs_grad = options
-    pred, target, step_weights = pred.contiguous(), target.contiguous(), weights.tolist()
+    pred, target, step_weights = pred.contiguous(), target.contiguous(), weights.flatten().tolist()
     grad = torch.empty_like(pred) if needs_grad else pred.new_empty(0)
     numbers = old_scores.new_empty(7 + 5 * len(old_scores))
     _native.tve_grpo(  # type: ignore[call-arg]
         view(pred),
         view(target),
         step_weights,
-        step_weights if grad_weights is weights else grad_weights.tolist(),
+        step_weights if grad_weights is weights else grad_weights.flatten().tolist(),
         old_scores.tolist(),
         advantages.tolist(),
         None if ref_scores is None else ref_scores.tolist(),

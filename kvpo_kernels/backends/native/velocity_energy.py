@@ -12,7 +12,7 @@ def forward(pred: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     energies = _native.velocity_energy(
         view(pred.contiguous()),
         view(target.contiguous()),
-        weights.tolist(),
+        weights.flatten().tolist(),
         torch.get_num_threads(),
     )
     return torch.tensor(energies, dtype=torch.float32)

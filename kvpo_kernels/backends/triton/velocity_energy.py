@@ -28,7 +28,7 @@ def _residual(pred, target, row, chunk, N, CHUNK: tl.constexpr):
 @triton.jit
 def energies_kernel(
     pred, target, weights, partials, arrived, energies, numbers, old_scores, advantages, ref_scores,
-    grad_weights, coefficients, objective, N, S, G, chunks,
+    grad_weights, coefficients, objective, N, S, G, chunks, weights_stride,
     DROP: tl.constexpr, POLICY: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
     CHUNK: tl.constexpr, SUMMED: tl.constexpr,
 ):  # fmt: skip
@@ -48,7 +48,8 @@ def energies_kernel(
             part = tl.load(
                 partials + g * per_branch + i, mask=i < per_branch, other=0.0, cache_modifier=".cg"
             )
-            w = tl.load(weights + i // chunks, mask=i < per_branch, other=0.0)
+            step = g * weights_stride + i // chunks
+            w = tl.load(weights + step, mask=i < per_branch, other=0.0)
             energy += part.to(tl.float64) * w
         tl.store(energies + g, tl.sum(energy) / N)
         if POLICY:
@@ -62,12 +63,14 @@ def energies_kernel(
                 )  # fmt: skip
                 # Rounded as the caller sees it: the two-pass form then gives the same bits.
                 kappa = score_grad.to(tl.float32).to(tl.float64)
-                step = tl.arange(0, BLOCK_S)
-                w = tl.load(grad_weights + step, mask=step < S, other=0.0)
+                step = tl.arange(0, BLOCK_S)[None, :]
+                inside = (branch < G)[:, None] & (step < S)
+                own = grad_weights + branch[:, None] * weights_stride + step
+                w = tl.load(own, mask=inside, other=0.0)
                 tl.store(
-                    coefficients + branch[:, None] * S + step[None, :],
-                    (-2.0 * kappa[:, None] * w[None, :] / N).to(tl.float32),
-                    mask=(branch < G)[:, None] & (step < S)[None, :],
+                    coefficients + branch[:, None] * S + step,
+                    (-2.0 * kappa[:, None] * w / N).to(tl.float32),
+                    mask=inside,
                 )
 
 
@@ -115,6 +118,7 @@ def launch_energies(
             S,
             G,
             chunks,
+            0 if weights.ndim == 1 else S,
             DROP=drop,
             POLICY=policy is not None,
             BLOCK_G=triton.next_power_of_2(max(2, G)),
