@@ -1,4 +1,5 @@
 import copy
+import functools
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from kvpo_trainer.rewards import RewardModel
 from kvpo_trainer.rollout import Rollout, accumulate_gradient, replay, roll_out
 from kvpo_trainer.sampling import SIGMAS
 from kvpo_trainer.update import KvpoConfig, Trainer
+from torch.utils.checkpoint import checkpoint
 
 from kvpo_kernels import HistoryRouting, branch_policy_loss
 
@@ -54,7 +56,12 @@ def one_graph_scores(policy: Generator, rollout: Rollout, steps: int) -> torch.T
     return score
 
 
-def test_two_passes_give_the_gradient_of_one_graph(generator: Generator) -> None:
+@pytest.mark.parametrize("checkpointed", [False, True], ids=("stored", "checkpointed"))
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_two_passes_give_the_gradient_of_one_graph(
+    generator: Generator, rows: int, checkpointed: bool
+) -> None:
+    """For any micro-batch of branches; the context passes come between the block-steps."""
     rollout = roll_out(
         generator,
         PROMPTS[:1],
@@ -76,12 +83,25 @@ def test_two_passes_give_the_gradient_of_one_graph(generator: Generator) -> None
     expected = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
     policy.zero_grad()
 
-    first_pass = replay(policy, rollout, 1.0)
-    torch.testing.assert_close(-first_pass.energies.energies, scores.detach(), rtol=1e-6, atol=0)
-    loss = branch_policy_loss(-first_pass.energies.energies, old, advantages)
-    accumulate_gradient(
-        policy, rollout, first_pass, loss.score_grad, gradient_steps=2, sigma_floor=1.0
-    )
+    if checkpointed:
+        stream = functools.partial(checkpoint, policy.stream, use_reentrant=False)
+        policy.stream = stream  # type: ignore[method-assign]
+    micro = [slice(i, i + rows) for i in range(0, 3, rows)]
+    parts = [
+        replace(
+            rollout,
+            noisy=rollout.noisy[m],
+            x0=rollout.x0[m],
+            context_noise=rollout.context_noise[m],
+        )
+        for m in micro
+    ]
+    passes = [replay(policy, part, 1.0) for part in parts]
+    energies = torch.cat([p.energies.energies for p in passes])
+    torch.testing.assert_close(-energies, scores.detach(), rtol=1e-6, atol=0)
+    score_grad = branch_policy_loss(-energies, old, advantages).score_grad
+    for m, part, first in zip(micro, parts, passes, strict=True):
+        accumulate_gradient(policy, part, first, score_grad[m], gradient_steps=2, sigma_floor=1.0)
     got = [p.grad for p in policy.parameters() if p.grad is not None]
     assert len(got) == len(expected) > 20
     scale = max(float(e.abs().max()) for e in expected)
