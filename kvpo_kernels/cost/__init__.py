@@ -1,0 +1,1 @@
+"""What a training iteration costs, by count: memory, operations, bytes and time."""
