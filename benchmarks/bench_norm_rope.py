@@ -2,10 +2,10 @@
 
 Run: `python benchmarks/bench_norm_rope.py [--quick] [--threads N]`.
 
-"original" does what Wan's attention does: RMSNorm in float32, then, row by row, angles put together
-from one table per axis, a complex product in float64, the padding (none here) joined, the rows
-stacked and rounded. "compile" is the best one writes without our op: float32, real arithmetic, all
-rows at once, under torch.compile. Both end with the copy of k and v into the pool.
+"original" does what Wan's attention does (`wan.py`): RMSNorm in float32, then, row by row, a
+complex product in float64, the padding (none here) joined, the rows stacked and rounded. "compile"
+is the best one writes without our op: float32, real arithmetic, all rows at once, under
+torch.compile. Both end with the copy of k and v into the pool.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from harness import Record, allocator, check, main
 from torch import Tensor
+from wan import EPS, axis_tables, rms_norm, rope_float64
 
 from kvpo_kernels import RopeTable, qk_norm_rope_write
 from kvpo_kernels.bench.timing import interleaved, ratio
@@ -20,28 +21,6 @@ from kvpo_kernels.bench.timing import interleaved, ratio
 # B, (frames, height, width), H, D: the trainer's scale, and one block of a 1.3B model
 SHAPES = ((8, (3, 16, 16), 6, 64), (2, (3, 30, 52), 12, 128))
 BAR_ORIGINAL, BAR_COMPILE = 8.0, 2.5
-EPS = 1e-6
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """Over heads and head size, as the model dimension is."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean((-2, -1), keepdim=True) + EPS)
-    return (wide * scale).to(x.dtype) * weight.view(x.shape[-2:])
-
-
-def rope_float64(x: Tensor, grid: tuple[int, int, int], tables: tuple[Tensor, ...]) -> Tensor:
-    """Row by row, angles assembled for each; all of it in float64 until the rows are together."""
-    rows, tokens = [], grid[0] * grid[1] * grid[2]
-    for row in x:
-        pairs = torch.view_as_complex(row[:tokens].double().unflatten(-1, (-1, 2)))
-        axes = [
-            table.view([n if axis == i else 1 for i in range(3)] + [-1]).expand(*grid, -1)
-            for axis, (table, n) in enumerate(zip(tables, grid, strict=True))
-        ]
-        turned = pairs * torch.cat(axes, dim=-1).view(tokens, 1, -1)
-        rows.append(torch.cat([torch.view_as_real(turned).flatten(2), row[tokens:]]))
-    return torch.stack(rows).to(x.dtype)
 
 
 def fused(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -82,10 +61,7 @@ def candidates(
     pools = torch.zeros(2, B * frames, tokens, H, D, dtype=dtype)
     rope = RopeTable(D)
     cos, sin = rope.tokens(21, grid)
-    wide = torch.complex(*rope.tokens(21, grid, wide=True)).view(*grid, D // 2)
-    split = [D // 2 - 2 * (D // 2 // 3), D // 2 // 3, D // 2 // 3]
-    frame, height, width = wide.split(split, dim=-1)
-    tables = (frame[:, 0, 0], height[0, :, 0], width[0, 0])
+    tables = axis_tables(rope, 21, grid)
     index = slots.flatten()
     page = (index.shape[0], tokens, H, D)
     torch.compiler.reset()

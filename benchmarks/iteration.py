@@ -1,0 +1,276 @@
+"""One KVPO iteration as today's trainers run it and over this library, phase by phase.
+
+    python benchmarks/iteration.py [--size tiny|wan-1.3b|wan-14b] [--layers N] [--branches G]
+                                   [--device cpu|cuda] [--rounds N] [--out FILE] [--plot FILE]
+
+Both ways (`trainers.py`) take turns in this process, on the same weights, noise, routes and
+advantages, after a check that their scores and gradients agree. One sample is a window of two
+iterations, as the release has two rollouts per old policy; times are per iteration, medians.
+Copies, operations and host synchronizations are counted by the dispatcher in a window of their own:
+an op of this library counts as one operation. Bytes between host and device are those of the state
+and the trajectories; where the device is the CPU they are what a GPU would move.
+
+The exit status is 1 if a bar is missed.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from run import environment
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from trainers import Pooled, Problem, Today, Trainer, make_problem
+
+from kvpo_kernels.cost.sizes import SIZES
+
+PHASES = ("prefix", "rollout", "replay", "replay, old", "replay, initial", "gradient", "optimizer")
+BARS = {"cuda": {"time": 2.5, "memory": 1 / 0.35}, "cpu": {"time": 2.0}}
+WAYS: dict[str, type[Trainer]] = {"today": Today, "ours": Pooled}
+Seconds = dict[str, float]
+
+
+class Stopwatch:
+    """Seconds by phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: Seconds = defaultdict(float)
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self._wait()
+        start = time.perf_counter()
+        yield
+        self._wait()
+        self.seconds[phase] += time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Counter(TorchDispatchMode):
+    """Counts operations, the bytes that copies read and write, and waits for the device."""
+
+    COPIES = ("clone", "copy_", "_to_copy", "cat", "stack", "index", "index_put_", "index_put")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.copied_bytes = self.syncs = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        views = any(r.alias_info and not r.alias_info.is_write for r in func._schema.returns)
+        if name == "_local_scalar_dense":
+            self.syncs += 1
+        elif not views and not name.startswith(("empty", "new_empty", "detach")):
+            self.operations += 1
+        if name in self.COPIES:
+            moved = args[1] if name == "copy_" else args[2] if name == "index_put_" else result
+            self.copied_bytes += 2 * moved.nbytes
+        return result
+
+
+def window(trainer: Trainer, watch: Stopwatch) -> None:
+    """Two iterations, of which the first has the old policy as its current one."""
+    weights = trainer.old.state_dict()
+    trainer.policy.load_state_dict(weights)
+    trainer.optimizer.state.clear()
+    for synced in (True, False):
+        trainer.iteration(watch, synced)
+
+
+def agree(problem: Problem) -> dict[str, float]:
+    """Largest relative differences of scores and gradients; no speed of a wrong answer."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, way in WAYS.items():
+        trainer = way(problem)
+        trainer.iteration(Stopwatch(problem.device), True)
+        grads = [p.grad for p in trainer.policy.parameters() if p.grad is not None]
+        found[name] = (trainer.scores.float(), torch.cat([g.flatten().float() for g in grads]))
+        del trainer
+    differences = {
+        what: float((ours - theirs).norm() / theirs.norm())
+        for what, ours, theirs in zip(
+            ("scores", "gradients"), found["ours"], found["today"], strict=True
+        )
+    }
+    # Both round to the dtype after every operation, in different orders.
+    limit = 1e-3 if problem.dtype is torch.float32 else 0.1
+    assert max(differences.values()) < limit, differences
+    return differences
+
+
+def counts(problem: Problem, way: type[Trainer]) -> dict[str, float]:
+    """Per iteration."""
+    trainer = way(problem)
+    with Counter() as counter:
+        window(trainer, Stopwatch(problem.device))
+    host = trainer.ledger.host_bytes if isinstance(trainer, Today) else 0
+    found = {
+        "operations": counter.operations,
+        "copied_bytes": counter.copied_bytes,
+        "host_bytes": host,
+        "syncs": counter.syncs,
+    }
+    return {name: n / 2 for name, n in found.items()}
+
+
+def peak_bytes(problem: Problem, way: type[Trainer]) -> int:
+    """The most memory that a window holds beyond the problem, the trainer's weights included."""
+    gc.collect()
+    if problem.device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        window(way(problem), Stopwatch(problem.device))
+        return int(torch.cuda.max_memory_allocated() - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        window(way(problem), Stopwatch(problem.device))
+    events = seen.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return max(itertools.accumulate(n for _, n in sorted(changes)))
+
+
+def measure(problem: Problem, rounds: int) -> dict[str, Any]:
+    """Both ways in turns."""
+    result: dict[str, Any] = {"differences": agree(problem)}
+    peaks = {name: peak_bytes(problem, way) for name, way in WAYS.items()}
+    trainers = {name: way(problem) for name, way in WAYS.items()}
+    samples: dict[str, list[Seconds]] = {name: [] for name in WAYS}
+    order = list(WAYS)
+    for _ in range(rounds):
+        for name in order:
+            watch = Stopwatch(problem.device)
+            window(trainers[name], watch)
+            samples[name].append({phase: s / 2 for phase, s in watch.seconds.items()})
+        order.reverse()
+    del trainers
+    for name, way in WAYS.items():
+        phases = {p: statistics.median(s[p] for s in samples[name]) for p in PHASES}
+        result[name] = {
+            "seconds": statistics.median(sum(s.values()) for s in samples[name]),
+            "phases": phases,
+            "samples": samples[name],
+            "peak_bytes": peaks[name],
+            **counts(problem, way),
+        }
+    pairs = zip(samples["today"], samples["ours"], strict=True)
+    result["ratios"] = {
+        "time": statistics.median(sum(t.values()) / sum(o.values()) for t, o in pairs),
+        "memory": peaks["today"] / peaks["ours"],
+    }
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """What was measured, as text."""
+    today, ours = result["today"], result["ours"]
+    rows = [("seconds: " + p, today["phases"][p], ours["phases"][p]) for p in PHASES]
+    rows.append(("seconds: iteration", today["seconds"], ours["seconds"]))
+    for key, label, unit in (
+        ("peak_bytes", "peak memory, GiB", 2**30),
+        ("copied_bytes", "copied, read + written, GiB", 2**30),
+        ("host_bytes", "host <-> device, GiB", 2**30),
+        ("operations", "operations", 1),
+        ("syncs", "host syncs", 1),
+    ):
+        rows.append((label, today[key] / unit, ours[key] / unit))
+    lines = [f"{'':30}{'today':>12}{'ours':>12}{'ratio':>9}"]
+    for label, a, b in rows:
+        share = f"{a / b:9.2f}" if b else f"{'-':>9}"
+        lines.append(f"{label:30}{a:12.4g}{b:12.4g}{share}")
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """A stacked bar per way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 2.6))
+    for y, name in enumerate(("ours", "today")):
+        left = 0.0
+        for i, phase in enumerate(PHASES):
+            seconds = result[name]["phases"][phase]
+            label = phase if y else None
+            axes.barh(name, seconds, left=left, color=pyplot.cm.tab10(i), label=label)
+            left += seconds
+    axes.set_xlabel("seconds per iteration")
+    axes.legend(ncols=4, fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.4))
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    """Measure, print, write; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="tiny")
+    parser.add_argument("--layers", type=int, help="fewer than the model has")
+    parser.add_argument("--branches", type=int, default=8)
+    parser.add_argument("--micro-batch", type=int, help="default: all branches; 1 where large")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    size = SIZES[args.size]
+    size = dataclasses.replace(size, layers=args.layers or size.layers)
+    large = args.size != "tiny"
+    problem = make_problem(
+        size,
+        args.branches,
+        args.micro_batch or (1 if large else args.branches),
+        checkpoint_layers=large,
+        device=args.device,
+        dtype=torch.bfloat16 if args.device == "cuda" else torch.float32,
+    )
+    result = measure(problem, args.rounds)
+    result["size"] = {"name": args.size, "branches": args.branches, **dataclasses.asdict(size)}
+    result["environment"] = environment(args.threads)
+    result["checks"] = [
+        {"what": what, "value": result["ratios"][what], "bar": bar}
+        for what, bar in BARS[args.device].items()
+    ]
+    print(
+        f"{args.size}, {size.layers} layers, {args.branches} branches, {args.device}, per iteration"
+    )
+    print(table(result))
+    for c in result["checks"]:
+        verdict = "ok" if c["value"] >= c["bar"] else "MISSED"
+        print(f"{c['what']}: x{c['value']:.2f} (bar {c['bar']:.2f}) {verdict}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        plot(result, args.plot)
+    return int(any(c["value"] < c["bar"] for c in result["checks"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
