@@ -40,19 +40,24 @@ export PYTHON PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNB
 part build 60 bash -c build
 if [ "$DEVICE" = cpu ]; then
   part bench 120 "$PYTHON" -m kvpo_kernels bench --device cpu --quick --out "$result"
+  part layer 60 "$PYTHON" benchmarks/layer.py --device cpu --rounds 3
 else
   # Most of the tests' time is compilation: in parallel where pytest can.
   workers=$("$PYTHON" -c "import xdist; print('-n 8')" 2>/dev/null)
   # shellcheck disable=SC2086
   part tests 150 "$PYTHON" -m pytest tests/gpu -p no:cacheprovider $workers
-  part bench 320 "$PYTHON" -m kvpo_kernels bench --backend gluon --backend triton --backend cuda \
+  part bench 250 "$PYTHON" -m kvpo_kernels bench --backend gluon --backend triton --backend cuda \
     --out "$result" --plot "$OUT/$name-$commit.png"
+  part layer 30 "$PYTHON" benchmarks/layer.py --size wan-1.3b --out "$OUT/$name-layer-$commit.json"
+  part iteration 70 "$PYTHON" benchmarks/iteration.py --size wan-1.3b --layers 2 --rounds 2 \
+    --out "$OUT/$name-iteration-$commit.json" --plot "$OUT/$name-iteration-$commit.png"
 fi
 
 echo "== tests"
 tail -n 25 "$OUT/suite-tests.log" 2>/dev/null
 echo "== benchmarks"
 cat "$OUT/suite-bench.log"
+cat "$OUT/suite-layer.log" "$OUT/suite-iteration.log" 2>/dev/null
 echo "== suite: ${#failed[@]} parts failed, $SECONDS s; $result"
 for f in "${failed[@]}"; do echo "FAILED $f"; done
 [ ${#failed[@]} = 0 ]

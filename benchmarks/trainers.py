@@ -300,31 +300,53 @@ class Today(Trainer):
         update: bool = False,
     ) -> Tensor:
         p = self.problem
-        grid = (3, *p.size.grid)
-        tables = axis_tables(p.rope, first, grid)
+        tables = axis_tables(p.rope, first, (3, *p.size.grid))
         writes: list[tuple[int, Tensor, Tensor]] = []
 
         def attend(layer: int, block: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q = rope_float64(rms_norm(q, block.q_norm), grid, tables)
-            k = rope_float64(rms_norm(k, block.k_norm), grid, tables)
+            attended, k = attend_joined(p, cache, layer, block, q, k, v, first, tables, routed)
             if update:
                 writes.append((layer, k, v))
-            temporary_k, temporary_v = cache.k[layer].clone(), cache.v[layer].clone()
-            end, _ = insert(p, cache.ends[layer], (temporary_k, temporary_v), (k, v), first)
-            if routed is None:
-                keys, values = (window(p, t, end) for t in (temporary_k, temporary_v))
-            else:
-                keys, values = routed.window(p, layer, temporary_k, temporary_v, end)
-            heads_first = (t.transpose(1, 2) for t in (q, keys, values))
-            return scaled_dot_product_attention(*heads_first).transpose(1, 2)
+            return attended
 
         velocity = policy(x, sigma, p.text, attend)
         for layer, k, v in writes:  # only now: all layers have read the cache as it was
-            with torch.no_grad():
-                caches = (cache.k[layer], cache.v[layer])
-                at, reach = insert(p, cache.ends[layer], caches, (k, v), first)
-                cache.ends[layer].copy_(torch.tensor([reach, at]))
+            keep(p, cache, layer, k, v, first)
         return x - sigma * velocity
+
+
+def attend_joined(
+    p: Problem,
+    cache: Cache,
+    layer: int,
+    block: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: int,
+    tables: tuple[Tensor, ...],
+    routed: "Routed | None",
+) -> tuple[Tensor, Tensor]:
+    """One branch's self-attention, and its rotated keys: rotate, clone, roll, insert, join."""
+    grid = (3, *p.size.grid)
+    q = rope_float64(rms_norm(q, block.q_norm), grid, tables)
+    k = rope_float64(rms_norm(k, block.k_norm), grid, tables)
+    temporary = (cache.k[layer].clone(), cache.v[layer].clone())
+    end, _ = insert(p, cache.ends[layer], temporary, (k, v), first)
+    if routed is None:
+        keys, values = (window(p, t, end) for t in temporary)
+    else:
+        keys, values = routed.window(p, layer, *temporary, end)
+    heads_first = (t.transpose(1, 2) for t in (q, keys, values))
+    return scaled_dot_product_attention(*heads_first).transpose(1, 2), k
+
+
+@torch.no_grad()
+def keep(p: Problem, cache: Cache, layer: int, k: Tensor, v: Tensor, first: int) -> None:
+    """Roll the cache itself, as the temporary one was, and insert the block."""
+    caches = (cache.k[layer], cache.v[layer])
+    local, reach = insert(p, cache.ends[layer], caches, (k, v), first)
+    cache.ends[layer].copy_(torch.tensor([reach, local]))
 
 
 def insert(
