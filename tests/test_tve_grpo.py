@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpo_kernels import (
     BackendUnavailable,
@@ -237,3 +238,35 @@ def test_a_dropped_branch_gets_zeros_and_touches_no_other(dtype: torch.dtype, ba
     r.loss.backward()
     assert r.dropped == 1 and torch.equal(r.loss, r_few.loss)
     assert torch.equal(pred.grad[keep], few.grad) and (pred.grad[1] == 0).all()
+
+
+def test_an_update_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing else on the device: no memory is set, copied or converted in between."""
+    velocity = pytest.importorskip("kvpo_kernels.backends.triton.velocity_energy")
+    from kvpo_kernels.backends.triton import tve_grpo
+
+    launches, operations = [], []
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: tuple[int]):
+            return lambda *args, **options: launches.append(self.name)
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operations.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    for name in ("energies_kernel", "gradient_kernel"):
+        monkeypatch.setattr(velocity, name, Kernel(name))
+    x, w, s = torch.zeros(3, 2, 40), torch.ones(2, dtype=torch.float64), torch.zeros(3)
+    call = lambda: tve_grpo.forward(x, x, w, w, s, s, None, 0.1, 0.2, 10, 20, 0, 1, 1, False, True)
+    call()  # makes the counters
+    launches.clear()
+    with Recorder():
+        call()
+    assert launches == ["energies_kernel", "gradient_kernel"]
+    # fill_: what the tests put into new memory. Zeros or a copy would go by other names.
+    assert set(operations) <= {"new_empty", "empty_like", "slice", "view", "fill_"}

@@ -2,7 +2,8 @@
 
 A chunk of a block-step is one program. The last program of a branch adds its chunks up, in one
 order whoever is last, and the last of all may go on with what needs every branch: see
-`tve_grpo.py`. Only counters are atomic.
+`tve_grpo.py`. Only counters are atomic; who comes last sets them back, so that nothing has to be
+launched to do it.
 """
 
 import torch
@@ -41,6 +42,7 @@ def energies_kernel(
     tl.debug_barrier()  # the sum is written before it is counted
     per_branch = S * chunks
     if tl.atomic_add(arrived + g, 1, sem="acq_rel") == per_branch - 1:
+        tl.store(arrived + g, 0)
         energy = tl.zeros([SUMMED], tl.float64)
         for first in range(0, per_branch, SUMMED):
             i = first + tl.arange(0, SUMMED)
@@ -55,6 +57,7 @@ def energies_kernel(
         if POLICY:
             tl.debug_barrier()
             if tl.atomic_add(arrived + G, 1, sem="acq_rel") == G - 1:
+                tl.store(arrived + G, 0)
                 branch = tl.arange(0, BLOCK_G)
                 e = tl.load(energies + branch, mask=branch < G, other=0.0, cache_modifier=".cg")
                 score_grad = store_policy(
@@ -104,8 +107,8 @@ def launch_energies(
     N = pred.shape[2:].numel()
     chunks = triton.cdiv(N, CHUNK)
     partials = pred.new_empty(G * S * chunks, dtype=torch.float32)
-    arrived = torch.zeros(G + 1, dtype=torch.int32, device=pred.device)
     with torch.cuda.device_of(pred):
+        arrived = _counters(G + 1, pred.device)
         energies_kernel[(G * S * chunks,)](
             pred.contiguous(),
             target.contiguous(),
@@ -127,6 +130,24 @@ def launch_energies(
             SUMMED=_SUMMED,
             num_warps=4,
         )
+
+
+_zeros: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def _counters(count: int, device: torch.device) -> Tensor:
+    """At least so many zeros, the current stream's own; a launch leaves them zeros."""
+    stream = 0
+    if device.type == "cuda":
+        # The replays of a graph may run beside anything: it needs counters of its own.
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    zeros = _zeros.get((device, stream))
+    if zeros is None or len(zeros) < count:
+        zeros = torch.zeros(max(count, 256), dtype=torch.int32, device=device)
+        _zeros[device, stream] = zeros
+    return zeros
 
 
 def backward(pred: Tensor, target: Tensor, weights: Tensor, grad_energy: Tensor) -> Tensor:
