@@ -3,15 +3,10 @@
 import math
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor
 
 from kvpo_kernels import (
     BackendUnavailable,
@@ -259,111 +254,3 @@ def test_constants_are_detached_with_a_warning(backend: str) -> None:
         warnings.simplefilter("error")
         r.loss.backward()
     assert old.grad is None and s.grad is not None
-
-
-# 47: ranks -------------------------------------------------------------------------------------
-
-
-def _shares(rank: int) -> slice:
-    return slice(0, 3) if rank == 0 else slice(3, 4)  # uneven: three branches and one
-
-
-def _problem() -> tuple[Tensor, ...]:
-    g = torch.Generator().manual_seed(5)
-    pred, target = torch.randn(2, 4, 2, 30, generator=g)
-    old, A, ref = 0.1 * torch.randn(3, 4, generator=g) - torch.tensor([[1.0], [0.0], [1.0]])
-    return pred, target, torch.tensor([0.5, 0.4]), old, A, ref
-
-
-def _on_rank(rank: int, store: str, out: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=30),
-    )
-    group = dist.group.WORLD
-    assert group is not None
-    pred, target, weights, *scores = _problem()
-    mine = _shares(rank)
-    p = pred[mine].requires_grad_()
-    own = [x[mine] for x in scores]
-    r = tve_grpo_loss(p, target[mine], weights, *own, group=group)
-    (2 * r.loss).backward()
-    s = -r.energies.requires_grad_()
-    s.retain_grad()
-    b = branch_policy_loss(s, *own, group=group)
-    b.loss.backward()
-
-    messages = []
-    differ: list[dict[str, Any]] = [
-        {"objective": ContrastiveObjective(kl_coef=1.0 + rank)},
-        {"safe": rank == 0},
-        {"ref_scores": own[2] if rank else None},
-        {"nonfinite": "drop" if rank else "raise"},
-        {"dtype": torch.float64 if rank else torch.float32},
-        {"scores": torch.zeros(0) if rank else None},
-        {"scores": torch.full((1,), NAN) if rank else None},
-    ]
-    for case in differ:
-        dtype = case.pop("dtype", torch.float32)
-        x = case.pop("scores", None)
-        x = r.energies.detach() if x is None else x
-        try:
-            branch_policy_loss(x.to(dtype), own[0].to(dtype), own[1].to(dtype), group=group, **case)
-            messages.append("no error")
-        except ValueError as e:
-            messages.append(str(e))
-    try:  # a rank that fails before the energies must not leave the other waiting
-        bad = target[mine] if rank == 0 else target[mine][..., :1]
-        tve_grpo_loss(p.detach(), bad, weights, *own, group=group)
-        messages.append("no error")
-    except ValueError as e:
-        messages.append(str(e))
-    torch.save(
-        {
-            "loss": r.loss.detach(),
-            "grad": p.grad,
-            "numbers": r.numbers,
-            "score_grad": r.score_grad,
-            "s_grad": s.grad,
-            "messages": messages,
-        },
-        f"{out}/{rank}.pt",
-    )
-    dist.destroy_process_group()
-
-
-def test_branches_over_two_ranks(tmp_path: Path) -> None:
-    mp.spawn(_on_rank, args=(str(tmp_path / "store"), str(tmp_path)), nprocs=2, join=True)
-    ranks = [torch.load(tmp_path / f"{i}.pt") for i in range(2)]
-    pred, target, weights, *scores = _problem()
-    pred.requires_grad_()
-    whole = tve_grpo_loss(pred, target, weights, *scores)
-    (2 * whole.loss).backward()
-    for i, r in enumerate(ranks):
-        mine = _shares(i)
-        assert torch.equal(r["loss"], whole.loss.detach())
-        assert torch.equal(r["grad"], pred.grad[mine])
-        assert torch.equal(r["score_grad"], whole.score_grad[mine])
-        assert torch.equal(r["s_grad"], whole.score_grad[mine])
-        assert torch.equal(r["numbers"][:7], whole.numbers[:7])
-    expected = [
-        "differ in kl_coef",
-        "differ in scale",
-        "differ in presence of ref_scores",
-        "differ in nonfinite",
-        "differ in dtype",
-        "",  # each rank says its own, see below
-        "scores must be finite, got [nan] for branches [3]",
-        "",
-    ]
-    first, second = (r["messages"] for r in ranks)
-    for a, b, text in zip(first, second, expected, strict=True):
-        assert (a == b) or not text
-        assert text in a and a != "no error" and b != "no error"
-    assert "ranks [1] of the group have bad arguments" in first[5]
-    assert "scores must be [G]" in second[5]
-    assert "ranks [1]" in first[7] and "target must be" in second[7]
