@@ -14,6 +14,9 @@ from importlib import metadata
 from types import ModuleType
 from typing import Final, Generic, TypeVar
 
+import torch
+from torch.autograd import forward_ad
+
 from kvpo_kernels.errors import BackendUnavailable
 
 Problem = TypeVar("Problem")
@@ -47,6 +50,9 @@ def select(
     Raises:
         BackendUnavailable: with the reason of every backend that was asked.
     """
+    if _in_function_transform():
+        lost = "torch.func transforms (vmap, grad, jvp) and forward-mode AD would lose the gradient"
+        raise BackendUnavailable(op, {b.name: lost for b in backends})
     name = name if name is not None else DEFAULT_BACKEND
     asked = backends if name is None else tuple(b for b in backends if b.name == name)
     if not asked:
@@ -59,6 +65,13 @@ def select(
             return backend
         reasons[backend.name] = why
     raise BackendUnavailable(op, reasons)
+
+
+def _in_function_transform() -> bool:
+    """The operators have no rule for these, and would take their inputs for constants."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def reasons(backends: tuple[Backend[Problem], ...], problem: Problem) -> dict[str, str | None]:

@@ -194,7 +194,7 @@ def routed_attention(
     )
     problem = _problem(q, k_pool, v_pool, k_live, v_live, needs_grad)
     chosen = registry.select(OP, BACKENDS, problem, backend).name
-    if needs_grad or _in_function_transform():
+    if needs_grad:
         _check_not_in_pool(k_pool, v_pool, k_live, v_live)
         out, lse = _RoutedAttention.apply(  # type: ignore[no-untyped-call]
             q, k_pool, v_pool, table.slots, k_live, v_live, scale, chosen
@@ -279,17 +279,10 @@ def _check(
         raise DtypeError(f"table is on {table.slots.device}, but q is on {q.device}")
 
 
-def _in_function_transform() -> bool:
-    """Whether torch.func (vmap, grad, jvp) is at work: the autograd function refuses these, while
-    the bare operator would lose the gradient without a word."""
-    active: bool = torch._C._are_functorch_transforms_active()
-    return not torch.compiler.is_compiling() and active
-
-
 def _check_not_in_pool(k_pool: Tensor, v_pool: Tensor, k_live: Tensor, v_live: Tensor) -> None:
     """The backward pass reads the live tokens again; the pool may be rewritten before that."""
     unreal = torch.compiler.is_compiling() or type(k_live) not in (Tensor, torch.nn.Parameter)
-    if unreal or _in_function_transform():
+    if unreal:
         return  # no memory to look at
     for live_name, live in (("k_live", k_live), ("v_live", v_live)):
         for pool_name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):

@@ -3,10 +3,16 @@
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from kvpo_kernels import (
     BackendUnavailable,
@@ -254,3 +260,110 @@ def test_constants_are_detached_with_a_warning(backend: str) -> None:
         warnings.simplefilter("error")
         r.loss.backward()
     assert old.grad is None and s.grad is not None
+
+
+# 26: the largest float16
+@each_backend
+def test_the_largest_float16_does_not_overflow(backend: str) -> None:
+    if backend == "cpu":
+        pytest.skip("takes no float16; the default then takes the reference, tested here as well")
+    pred = torch.full((2, 1, 3000), 65504.0, dtype=torch.float16)
+    pred[1] = 0.25
+    target = -pred
+    weights = torch.tensor([0.5])
+    energies = runs(lambda: trajectory_velocity_energy(pred, target, weights, backend=backend))
+    assert energies.tolist() == pytest.approx([0.5 * 131008.0**2, 0.125], rel=1e-6)
+    kappa = torch.tensor([1e-3, 1.0])
+    grad = runs(lambda: velocity_gradient(pred[:, 0], target[:, 0], 0.5, kappa, backend=backend))
+    expected = -kappa[:, None] * torch.tensor([[131008.0], [0.5]]) / 3000
+    # One rounding to float16, whose smallest step is 2^-24.
+    torch.testing.assert_close(grad.float(), expected.expand(2, 3000), rtol=2**-11, atol=2**-25)
+    # An energy of 8.6e9 leaves no branch but the other any probability.
+    scores = torch.zeros(2)
+    r = runs(lambda: tve_grpo_loss(pred, target, weights, scores, scores + 1, backend=backend))
+    assert r.loss.isfinite() and r.log_ratio.isfinite().all()
+
+
+# 30: what torch wraps around a call
+def _calls() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
+    g = torch.Generator().manual_seed(0)
+    pred, target = torch.randn(2, 3, 2, 40, generator=g)
+    old, A = torch.randn(2, 3, generator=g)
+    w = torch.rand(2, generator=g)
+
+    def accumulated(p: Tensor) -> Tensor:
+        acc = TrajectoryEnergies(3)
+        acc.add(p[:, 0], target[:, 0], 0.5)
+        return acc.energies
+
+    return {
+        "energies": (lambda p: trajectory_velocity_energy(p, target, w), pred),
+        "policy": (lambda s: branch_policy_loss(s, old, A).loss, old + 0.1),
+        "fused": (lambda p: tve_grpo_loss(p, target, w, old, A).loss, pred),
+        "gradient": (lambda p: velocity_gradient(p[:, 0], target[:, 0], 0.5, A), pred),
+        "accumulated": (accumulated, pred),
+    }
+
+
+each_call = pytest.mark.parametrize("name", _calls())
+
+
+@each_call
+def test_autocast_and_inference_mode_change_no_bit(name: str) -> None:
+    call, x = _calls()[name]
+    expected = call(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(call(x), expected)
+    with torch.inference_mode():
+        assert torch.equal(call(x), expected)
+
+
+@each_call
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp", "dual"])
+def test_function_transforms_are_refused(name: str, transform: str) -> None:
+    call, x = _calls()[name]
+
+    def dual() -> Tensor:
+        with forward_ad.dual_level():
+            return call(forward_ad.make_dual(x, x))
+
+    transformed = {
+        "vmap": lambda: torch.func.vmap(call)(torch.stack([x, x])),
+        "grad": lambda: torch.func.grad(lambda y: call(y).sum())(x),
+        "jvp": lambda: torch.func.jvp(call, (x,), (x,)),
+        "dual": dual,
+    }[transform]
+    refuses("torch.func transforms .* would lose the gradient", transformed, RuntimeError)
+    assert call(x).isfinite().all()  # nothing of it is left
+
+
+@each_call
+def test_fake_tensors_have_the_shapes(name: str) -> None:
+    call, x = _calls()[name]
+    expected = call(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = call(mode.from_tensor(x))
+    assert (fake.shape, fake.dtype) == (expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize("name", ["energies", "policy", "fused", "gradient"])
+def test_an_exported_program_gives_the_same(name: str) -> None:
+    call, x = _calls()[name]
+
+    class Module(torch.nn.Module):
+        def forward(self, y: Tensor) -> Tensor:
+            return call(y)
+
+    program = torch.export.export(Module(), (x,))
+    assert torch.equal(program.module()(x), call(x))
+
+
+def test_sharded_tensors_are_refused(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        for call, x in _calls().values():
+            with pytest.raises((RuntimeError, TypeError), match=r"DTensor|sharding"):
+                call(distribute_tensor(x, mesh, [Shard(0)]))
+    finally:
+        dist.destroy_process_group()

@@ -1,5 +1,7 @@
 """`tve_grpo_loss` on a GPU, against the reference on the CPU."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -115,3 +117,25 @@ def test_a_branch_that_is_not_finite() -> None:
     dropped = tve_grpo_loss(pred, *rest, nonfinite="drop")
     assert dropped.loss.isfinite() and dropped.dropped.item() == 1
     assert not dropped.pred_grad[1].any() and dropped.pred_grad[0].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_on_another_stream_and_device(backend: str) -> None:
+    if backend == "cuda" and not registry.HAS_CUDA_KERNELS:
+        pytest.skip("no nvcc where this was installed")
+    inputs = make(SHAPES[1], torch.bfloat16)
+    results = []
+    for device in {0, torch.cuda.device_count() - 1}:
+        pred, *rest = (t.to(f"cuda:{device}") for t in inputs)
+        pred.requires_grad_()
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.default_stream(device))
+        # In the first the current device is another one, where there are two.
+        for where in (contextlib.nullcontext(), torch.cuda.stream(side)):
+            with where:
+                for _ in range(3):  # counters are the stream's own and set themselves back
+                    r = tve_grpo_loss(pred, *rest, backend=backend)
+            torch.cuda.synchronize(device)
+            results.append((r.numbers.cpu(), r.pred_grad.cpu()))
+    for numbers, grad in results[1:]:
+        assert torch.equal(numbers, results[0][0]) and torch.equal(grad, results[0][1])
