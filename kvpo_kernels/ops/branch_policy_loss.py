@@ -21,26 +21,40 @@ Nonfinite = Literal["raise", "drop"]
 
 @dataclass(frozen=True)
 class ContrastiveObjective:
-    """What is optimised once the branches have scores and advantages."""
+    """What is optimised once the branches have scores and advantages.
+
+    Defaults are those of the released configurations of KVPO (arXiv:2605.14278). With the ratio
+    `r = pi / pi_old` of a branch and its advantage `A`:
+
+        loss = scale * (-mean(min(r A, clip(r, 1 - low, 1 + high) A)) + kl_coef * KL(pi || pi_ref))
+
+    `docs/objective.md` derives its gradient.
+    """
 
     clip_range_low: float = 0.1
-    """The probability ratio earns nothing below `1 - clip_range_low`."""
+    """`low`, in [0, 1]: with A < 0, a ratio below `1 - low` has no gradient. The release clips to
+    [0.9, 1.2]: a branch may lose less probability in a step than it may gain. PPO's clip
+    (arXiv:1707.06347), with two bounds."""
 
     clip_range_high: float = 0.2
-    """The probability ratio earns nothing above `1 + clip_range_high`; >= `clip_range_low`."""
+    """`high`, >= `low`: with A > 0, a ratio above `1 + high` has no gradient. The release's 0.2."""
 
     kl_coef: float = 10.0
-    """Weight of KL(branch policy || reference policy)."""
+    """>= 0, weight of `KL = sum_g pi[g] (log(pi[g] + 1e-10) - log pi_ref[g])`, the discrete KL over
+    the branches. The release's `kl_coef`, 10."""
 
     protect: Literal["mechanism_1", "mechanism_2"] = "mechanism_2"
-    """What an unsafe group, where no branch beats the anchor, does: mechanism_1 contributes
-    nothing, mechanism_2 half."""
+    """`scale` of an unsafe group, in which no branch beats the anchor: 0 with mechanism_1, 1/2 with
+    mechanism_2, the release's; there the anchor is one more outcome whose probability is 1/2
+    whatever the branches do. 1 for safe groups."""
 
     log_ratio_clamp: float = 20.0
-    """The log-ratio is clamped to this absolute value, beyond which it has no gradient."""
+    """In (0, 80]: `r = exp(clamp(log pi - log pi_old, -this, this))`, without gradient beyond it.
+    The release's 20: a policy that has moved e^20 away cannot overflow."""
 
     min_update_entropy_ratio: float = 0.0
-    """`skip` is set where the entropy is above `log(G) * (1 - this)`; 0 never skips."""
+    """In [0, 1]: `skip` is set where the entropy is above `log(G) (1 - this)`: a policy that does
+    not tell its branches apart has nothing to teach. The release's 0 never skips."""
 
     def __post_init__(self) -> None:
         """Refuse values that would train something else than what was meant."""

@@ -194,29 +194,32 @@ def velocity_step_weights(
     sigmas: Tensor | Sequence[float],
     space: Literal["x0", "velocity"] = "x0",
     sigma_floor: float = 1.0,
+    temperature: float = 1.0,
 ) -> Tensor:
     r"""Weights that turn mean squared residuals into the energies of KVPO's branch policy.
 
-    With `s = max(sigma, sigma_floor)`:
+    With `s = max(sigma, sigma_floor)` and the policy `softmax(-energy)`:
 
-        space "x0":        weight = 1 / (2 s^2)              residuals of x0 predictions
-        space "velocity":  weight = sigma^2 / (2 s^2)        residuals of velocities
+        space "x0":        weight = 1 / (2 s^2 temperature)              residuals of x0 predictions
+        space "velocity":  weight = sigma^2 / (2 s^2 temperature)        residuals of velocities
 
     Since x0 = x_t - sigma * v, the residuals differ by the factor sigma and both spaces give the
     same energies. The released configuration has sigma_floor 1, that is, x0 residuals over 2; a
-    floor of 0 is the plain velocity energy, v residuals over 2.
+    floor of 0 is the plain velocity energy, v residuals over 2. The paper divides an energy without
+    the 2 by its temperature tau: that is `temperature = tau / 2`.
 
     Args:
         sigmas: noise level of each block-step, dimensionless, > 0; any shape.
         space: what `pred` and `target` hold.
         sigma_floor: >= 0.
+        temperature: > 0; a higher one makes the branches' probabilities more alike.
 
     Returns:
         float64, shape and device of `sigmas`.
 
     Raises:
         ShapeError: a sigma is not positive and finite; names the steps.
-        ConfigError: an unknown space or a bad floor.
+        ConfigError: an unknown space, a bad floor or temperature.
 
     Source: KVPO (arXiv:2605.14278); the released trainer's log_prob_sigma_floor.
     """
@@ -224,13 +227,15 @@ def velocity_step_weights(
         raise ConfigError(f"space must be 'x0' or 'velocity', got {space!r}")
     if not 0 <= sigma_floor < float("inf"):
         raise ConfigError(f"sigma_floor must be >= 0 and finite, got {sigma_floor}")
+    if not 0 < temperature < float("inf"):
+        raise ConfigError(f"temperature must be > 0 and finite, got {temperature}")
     sigma = torch.as_tensor(sigmas, dtype=torch.float64).detach()
     bad = (~((sigma > 0) & sigma.isfinite())).nonzero().tolist()
     if bad:
         steps = [i[0] if len(i) == 1 else i for i in bad]
         values = [float(sigma[tuple(i)]) for i in bad]
         raise ShapeError(f"sigmas must be > 0 and finite, got {values} at steps {steps}")
-    weight = 0.5 / sigma.clamp_min(sigma_floor).square()
+    weight = 0.5 / (sigma.clamp_min(sigma_floor).square() * temperature)
     return weight if space == "x0" else weight * sigma.square()
 
 

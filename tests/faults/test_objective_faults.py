@@ -140,6 +140,8 @@ def test_bad_weight_options() -> None:
     refuses("space must be", lambda: velocity_step_weights([1.0], space="eps"))  # type: ignore[arg-type]
     for floor in (-1.0, NAN, INF):
         refuses("sigma_floor must be", lambda f=floor: velocity_step_weights([1.0], sigma_floor=f))
+    for t in (0.0, -1.0, NAN, INF):
+        refuses("temperature must be", lambda t=t: velocity_step_weights([1.0], temperature=t))
 
 
 # 42: shapes, dtypes, devices
