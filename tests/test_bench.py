@@ -32,7 +32,8 @@ def test_the_command_measures_prints_and_draws(
     assert written["failures"] == []
     records = {r["case"]: r for r in written["records"]}
     attention = {"F1", "F2", "F3", "F5", "F6", "B1"}
-    assert records.keys() == attention | {"T1", "T1/compile", "T1/copy"}
+    memory_bound = {f"{case}{of}" for case in ("T1", "R1") for of in ("", "/compile", "/copy")}
+    assert records.keys() == attention | memory_bound
     for r in records.values():
         assert r.keys() >= KEYS
         assert r["ours_ms"] >= r["ours_min_ms"] > 0 and r["baseline_ms"] > 0 and r["ratio"] > 0

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 
 from kvpo_kernels import explain
-from kvpo_kernels.bench import machine, routed_attention, tve_grpo
+from kvpo_kernels.bench import machine, norm_rope, routed_attention, tve_grpo
 
-OPS: dict[str, Any] = {"routed_attention": routed_attention, "tve_grpo": tve_grpo}
+OPS: dict[str, Any] = {
+    "routed_attention": routed_attention,
+    "tve_grpo": tve_grpo,
+    "norm_rope": norm_rope,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

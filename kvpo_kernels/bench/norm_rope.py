@@ -1,0 +1,149 @@
+"""Cases of RMSNorm + rotation + slot write: against the same in torch, as Wan has it and compiled.
+
+The bars are those of an H200 in bfloat16; elsewhere the same cases run smaller and have none.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvpo_kernels import RopeTable, qk_norm_rope_write
+from kvpo_kernels.bench.comparison import Baselines, Comparison, Record
+from kvpo_kernels.bench.timing import Timing
+
+EPS = 1e-6
+FIRST_FRAME = 21
+
+
+@dataclass(frozen=True)
+class Case:
+    """One block of G branches, written into the pool."""
+
+    variant: str = ""
+    branches: int = 8
+    grid: tuple[int, int, int] = (3, 30, 52)
+    heads: int = 12
+    head_size: int = 128
+
+    def smaller(self) -> "Case":
+        """The same on a CPU."""
+        return replace(self, branches=1, grid=(3, 8, 8), heads=2)
+
+
+CASES = (Case(), Case("h40", heads=40), Case("one-branch", branches=1))
+BARS = {"R1": 10.0, "R1/compile": 1.2, "R1/copy": 0.8}
+
+
+def original(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
+    """RMSNorm in float32, a complex product in float64: what Wan's attention computes."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean((-2, -1), keepdim=True) + EPS)
+    normed = (wide * scale).to(x.dtype) * weight.view(x.shape[-2:])
+    turned = torch.view_as_complex(normed.double().unflatten(-1, (-1, 2))) * rotation[:, None]
+    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+
+
+def fused(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The best one writes for torch.compile: float32, real arithmetic, all rows at once."""
+    wide = x.float()
+    y = wide * torch.rsqrt(wide.square().mean((-2, -1), keepdim=True) + EPS)
+    y = y * weight.view(x.shape[-2:])
+    even, odd = y[..., 0::2], y[..., 1::2]
+    c, s = cos[:, None], sin[:, None]
+    return torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2).to(x.dtype)
+
+
+class Bench(Comparison):
+    """Measures one case at one precision; yields records."""
+
+    def __init__(
+        self, case: Case, dtype: torch.dtype, device: str, backend: str | None, quick: bool
+    ) -> None:
+        B, H, D = case.branches, case.heads, case.head_size
+        frames, T = case.grid[0], case.grid[1] * case.grid[2]
+        moved = 6 * B * frames * T * H * D * dtype.itemsize  # q, k, v: each read and written once
+        shape = {"branches": B, "grid": list(case.grid), "heads": H, "head_size": D}
+        sizes = (shape, dtype, device, backend, quick)
+        super().__init__("norm_rope", case.variant, *sizes, bars=BARS, moved=moved)
+        self.case, self.backend = case, backend
+        g = torch.Generator(device).manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=g, device=device).to(dtype)
+
+        self.q, self.k, self.v = (draw(B, frames * T, H, D) for _ in range(3))
+        self.weights = [1 + 0.1 * draw(H * D) for _ in range(2)]
+        order = torch.Generator().manual_seed(1)
+        self.slots = torch.randperm(B * frames, generator=order).view(B, frames)
+        self.index = self.slots.flatten().to(device)
+        self.pools = torch.zeros(2, B * frames, T, H, D, dtype=dtype, device=device)
+        self.rope = RopeTable(D, device=device)
+        self.cos, self.sin = self.rope.tokens(FIRST_FRAME, case.grid)
+        self.rotation = torch.complex(*self.rope.tokens(FIRST_FRAME, case.grid, wide=True))
+
+    def ours(self) -> tuple[Tensor, Tensor]:
+        q = qk_norm_rope_write(
+            self.q,
+            self.k,
+            self.v,
+            self.weights[0],
+            self.weights[1],
+            self.rope,
+            FIRST_FRAME,
+            grid=self.case.grid,
+            k_pool=self.pools[0],
+            v_pool=self.pools[1],
+            slots=self.slots,
+            backend=self.backend,
+        )
+        return q, self.pools
+
+    def in_torch(self, turn: Callable[..., Tensor], *angles: Tensor) -> tuple[Tensor, Tensor]:
+        page = (len(self.index), *self.pools.shape[2:])
+        self.pools[0][self.index] = turn(self.k, self.weights[1], *angles).view(page)
+        self.pools[1][self.index] = self.v.view(page)
+        return turn(self.q, self.weights[0], *angles), self.pools
+
+    @torch.no_grad()
+    def run(self, copy_tbps: float) -> Iterator[Record]:
+        """q, and k and v in their slots, and how near it comes to a copy of as many bytes."""
+        compiled = torch.compile(fused, dynamic=False)
+        others: Baselines = {
+            "R1": (
+                "torch, float64 rotation",
+                lambda: functools.partial(self.in_torch, original, self.rotation),
+            ),
+            "R1/compile": (
+                "torch.compile",
+                lambda: functools.partial(self.in_torch, compiled, self.cos, self.sin),
+            ),
+        }
+        flops = 13.0 * (self.q.numel() + self.k.numel()) / 2
+        mine: Any = None
+        for record in self.compare(self.ours, others, flops):
+            mine = record if "failed" not in record else mine
+            yield record
+        if mine is not None:
+            time = Timing(mine["ours_ms"], mine["ours_min_ms"], (mine["ours_ms"],))
+            floor = self.common["bytes"] / copy_tbps / 1e9
+            least = Timing(floor, floor, (floor,))
+            yield self.record("R1/copy", time, "a copy of as many bytes", least, flops)
+
+
+def parts(
+    device: str, quick: bool, backend: str | None, rates: dict[str, float]
+) -> Iterator[tuple[str, Callable[[], Iterator[Record]]]]:
+    """What is measured, each on its own so that one that fails leaves the others."""
+    for case in CASES[:1] if quick else CASES:
+        sized = case if device == "cuda" else case.smaller()
+
+        def run(sized: Case = sized) -> Iterator[Record]:
+            torch.compiler.reset()  # else it gives up after eight shapes and runs eagerly
+            bench = Bench(sized, torch.bfloat16, device, backend, quick)
+            return bench.run(rates["copy_tbps"])
+
+        yield f"R1 {case.variant}".strip(), run
