@@ -43,7 +43,7 @@ def original(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean((-2, -1), keepdim=True) + EPS)
     normed = (wide * scale).to(x.dtype) * weight.view(x.shape[-2:])
-    turned = torch.view_as_complex(normed.double().unflatten(-1, (-1, 2))) * rotation[:, None]
+    turned = torch.view_as_complex(normed.double().unflatten(-1, (-1, 2))) * rotation[:, None]  # type: ignore[no-untyped-call]
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
