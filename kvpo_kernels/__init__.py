@@ -3,6 +3,11 @@
 from kvpo_kernels.doctor import explain as explain
 from kvpo_kernels.errors import BackendUnavailable as BackendUnavailable
 from kvpo_kernels.errors import KvpoError as KvpoError
+from kvpo_kernels.history.eviction import EvictionPolicy as EvictionPolicy
+from kvpo_kernels.history.eviction import TopScored as TopScored
+from kvpo_kernels.history.eviction import Window as Window
+from kvpo_kernels.history.eviction import frame_attention_mass as frame_attention_mass
+from kvpo_kernels.history.eviction import text_relevance as text_relevance
 from kvpo_kernels.history.frame_pool import FramePool as FramePool
 from kvpo_kernels.history.frame_pool import Timeline as Timeline
 from kvpo_kernels.history.planning import HistoryRouting as HistoryRouting

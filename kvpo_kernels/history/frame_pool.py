@@ -16,19 +16,23 @@ import torch
 from torch import Tensor
 
 from kvpo_kernels.errors import DtypeError, PoolError, ShapeError
+from kvpo_kernels.history.eviction import EvictionPolicy
 from kvpo_kernels.history.route_table import RouteTable, Rows
 
 
 @dataclass(frozen=True)
 class PoolStats:
-    """Counts of slots, and the size of the pool in bytes."""
+    """Counts of slots, sizes in bytes, and what has happened since the pool was made."""
 
     num_slots: int
     free_slots: int
     shared_slots: int  # with more than one reference
     timeline_slots: int  # held by at least one timeline
     table_slots: int  # held by at least one route table
-    bytes: int
+    bytes: int  # of the pool
+    slot_bytes: int  # of one frame, all layers, keys and values
+    peak_slots: int  # the most that were ever held at once
+    copied_slots: int  # frames copied because someone else held them
 
 
 class FramePool:
@@ -79,6 +83,8 @@ class FramePool:
         self._table_refs = [0] * num_slots
         self._written = [0] * num_slots  # bit l: layer l of the slot has been written
         self._free = list(range(num_slots - 1, -1, -1))
+        self._fewest_free = num_slots
+        self._copied_slots = 0
         self._lock = threading.RLock()
         # Finalizers run at any allocation, on any thread, possibly while this thread is inside a
         # method: they only append here, and every method settles the queue first.
@@ -158,8 +164,8 @@ class FramePool:
             int64 `[B, num_frames]` on the host, all different.
 
         Raises:
-            ShapeError: a frame that was not appended or was evicted.
-            PoolError: not enough free slots. Nothing has changed then.
+            ShapeError: a frame that was not appended or was evicted, or a timeline named twice.
+            PoolError: not enough free slots. Nothing has changed then, nor where a copy fails.
         """
         if num_frames < 0:
             raise ShapeError(f"num_frames must be at least 0, got {num_frames}")
@@ -169,6 +175,8 @@ class FramePool:
             uses: dict[int, int] = {}
             for b, timeline in enumerate(timelines):
                 timeline._check_of(self, f"timelines[{b}]")
+                if any(timeline is other for other in timelines[:b]):
+                    raise ShapeError(f"timelines[{b}] is named twice")
                 for frame in frames:
                     slot = timeline._slot(frame)
                     uses[slot] = uses.get(slot, 0) + 1
@@ -178,25 +186,31 @@ class FramePool:
             )
             if fresh_needed > len(self._free):
                 raise self._exhausted(fresh_needed)
-            copies: list[tuple[int, int]] = []
+            # First the copies, into slots that nobody holds yet: they may fail.
+            fresh_slots = iter(self._free[len(self._free) - fresh_needed :][::-1])
+            leaving = dict.fromkeys(uses, 0)
             result: list[list[int]] = []
+            moves: list[tuple[Timeline, int, int, int]] = []
             for timeline in timelines:
                 row = []
                 for frame in frames:
                     slot = timeline._frames[frame]
-                    if self._references(slot) > 1:
-                        fresh = self._take()
-                        self._timeline_refs[slot] -= 1
-                        self._written[fresh] = self._written[slot]
-                        timeline._frames[frame] = fresh
-                        if self._written[slot]:
-                            copies.append((slot, fresh))
+                    if self._references(slot) - leaving[slot] > 1:
+                        leaving[slot] += 1
+                        fresh = next(fresh_slots)
+                        moves.append((timeline, frame, slot, fresh))
                         slot = fresh
                     row.append(slot)
                 result.append(row)
-            if copies:
-                old, new = torch.tensor(copies, device=self.device).unbind(1)
-                self._storage[:, :, new] = self._storage[:, :, old]
+            for _, _, old, new in moves:
+                if self._written[old]:
+                    self._storage[:, :, new].copy_(self._storage[:, :, old])
+            for timeline, frame, old, new in moves:
+                self._take()  # `new`, in the order in which they were named above
+                self._timeline_refs[old] -= 1
+                self._written[new] = self._written[old]
+                self._copied_slots += self._written[old] != 0
+                timeline._frames[frame] = new
         return torch.tensor(result, dtype=torch.int64).reshape(len(timelines), num_frames)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -246,7 +260,10 @@ class FramePool:
                 shared_slots=sum(self._references(s) > 1 for s in range(self.num_slots)),
                 timeline_slots=sum(n > 0 for n in self._timeline_refs),
                 table_slots=sum(n > 0 for n in self._table_refs),
-                bytes=self._storage.numel() * self._storage.element_size(),
+                bytes=self._storage.nbytes,
+                slot_bytes=self._storage.nbytes // self.num_slots,
+                peak_slots=self.num_slots - self._fewest_free,
+                copied_slots=self._copied_slots,
             )
 
     # Below: called with the lock held.
@@ -273,6 +290,7 @@ class FramePool:
 
     def _take(self) -> int:
         slot = self._free.pop()
+        self._fewest_free = min(self._fewest_free, len(self._free))
         self._timeline_refs[slot] = 1
         self._written[slot] = 0
         return slot
@@ -395,7 +413,11 @@ class Timeline:
         pool.write(layer, slots, k.reshape(1, *page), v.reshape(1, *page))
 
     def fork(self, num_branches: int) -> list["Timeline"]:
-        """`num_branches` timelines with the same frames; no tensor is touched."""
+        """`num_branches` timelines with the same frames; no tensor is touched.
+
+        `fork(1)` is a snapshot: a handle on the frames as they are now, which no later write to
+        this timeline changes.
+        """
         if num_branches < 0:
             raise ShapeError(f"num_branches must be at least 0, got {num_branches}")
         pool = self._pool
@@ -445,9 +467,11 @@ class Timeline:
         frames = [*range(min(sink, end)), *selected, *range(max(0, end - nearest), end)]
         return [self.slot(frame) for frame in frames]
 
-    def evict(self, keep: Iterable[int]) -> None:
-        """Drop every frame but those of `keep` (absolute indices; absent ones are ignored)."""
-        pool, wanted = self._pool, set(keep)
+    def evict(self, keep: Iterable[int] | EvictionPolicy) -> None:
+        """Drop every frame but those of `keep`: absolute indices, of which absent ones are ignored,
+        or a policy that names them (`Window`, `TopScored`)."""
+        pool = self._pool
+        wanted = set(keep if isinstance(keep, Iterable) else keep.keep(self))
         with pool._lock:
             self._check_of(pool, "timeline")
             gone = [frame for frame in self._frames if frame not in wanted]

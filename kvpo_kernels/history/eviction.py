@@ -1,0 +1,198 @@
+"""Which frames a timeline keeps: `timeline.evict(policy)` after each block.
+
+A policy says what to keep and knows nothing of slots; the pool frees what nobody holds. Any object
+with `keep(timeline)` will do.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from kvpo_kernels.errors import ConfigError, ShapeError
+from kvpo_kernels.history.route_table import RouteTable
+
+
+class Frames(Protocol):
+    """What a policy sees of a `Timeline`."""
+
+    @property
+    def committed_frames(self) -> int:
+        """The absolute index after the last frame that is written."""
+
+    @property
+    def resident_frames(self) -> list[int]:
+        """Absolute indices of the frames that are held and written."""
+
+
+class EvictionPolicy(Protocol):
+    """Chooses the frames of a timeline that stay."""
+
+    def keep(self, timeline: Frames) -> Iterable[int]:
+        """Absolute frames to keep; those that the timeline does not hold are ignored."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The first `sink` frames, the last `local` and, of those between, `candidates`.
+
+    With the candidates of a `RoutingPlan` it is what a KVPO rollout needs: memory
+    O(sink + candidates + local) per branch, whatever the length of the video.
+    """
+
+    sink: int
+    """Frames at the start, at least 0."""
+    local: int
+    """Latest frames, at least 0."""
+    candidates: Collection[int] = ()
+    """Absolute frames that may still be routed to."""
+
+    def __post_init__(self) -> None:
+        _at_least("sink", self.sink, 0)
+        _at_least("local", self.local, 0)
+
+    def keep(self, timeline: Frames) -> set[int]:
+        """As `EvictionPolicy.keep`."""
+        end = timeline.committed_frames
+        return {*range(self.sink), *range(max(0, end - self.local), end), *self.candidates}
+
+
+class TopScored:
+    """Sink, window, and of the frames between them the `budget` with the highest scores.
+
+    Scores come from outside, after each block, by `observe`: `frame_attention_mass` makes it an
+    adaptive cache that keeps what is attended to (as H2O does for tokens, arXiv:2306.14048), and
+    `text_relevance` with `record_every=9` the bank of MemFlow, which records the first frame of
+    every third block and ranks by the prompt. A frame without a score yet outranks those that have
+    one, the latest first. One object per timeline.
+
+    Args:
+        sink: the first frames, always kept.
+        local: the latest frames, always kept.
+        budget: frames kept besides.
+        decay: in [0, 1), how much of a frame's former score is kept when it is observed again; 0
+            takes the latest.
+        record_every: only frames whose absolute index it divides compete for the budget.
+    """
+
+    def __init__(
+        self, sink: int, local: int, budget: int, *, decay: float = 0.0, record_every: int = 1
+    ) -> None:
+        for name, value in (("sink", sink), ("local", local), ("budget", budget)):
+            _at_least(name, value, 0)
+        _at_least("record_every", record_every, 1)
+        if not 0 <= decay < 1:
+            raise ConfigError(f"decay must be in [0, 1), got {decay}")
+        self.always = Window(sink, local)
+        self.budget, self.decay, self.record_every = budget, decay, record_every
+        self.scores: dict[int, float] = {}
+        """Absolute frame -> score."""
+
+    def observe(self, scores: Mapping[int, float]) -> None:
+        """Take the scores of this block.
+
+        Raises:
+            ShapeError: a score is NaN; nothing has changed then.
+        """
+        bad = [frame for frame, score in scores.items() if score != score]
+        if bad:
+            raise ShapeError(f"scores of frames {bad} are NaN")
+        for frame, score in scores.items():
+            former = self.scores.get(frame, score)
+            self.scores[frame] = self.decay * former + (1 - self.decay) * score
+
+    def keep(self, timeline: Frames) -> set[int]:
+        """As `EvictionPolicy.keep`; forgets the scores of frames that are gone."""
+        always = self.always.keep(timeline)
+        held = timeline.resident_frames
+        competing = [f for f in held if f not in always and f % self.record_every == 0]
+        competing.sort(key=lambda f: (self.scores.get(f, float("inf")), f), reverse=True)
+        kept = always.union(competing[: self.budget])
+        self.scores = {f: s for f, s in self.scores.items() if f in kept}
+        return kept
+
+
+@torch.no_grad()
+def frame_attention_mass(
+    q: Tensor,
+    k_pool: Tensor,
+    table: RouteTable,
+    lse: Tensor,
+    *,
+    scale: float | None = None,
+    queries: int = 64,
+) -> Tensor:
+    r"""Share of each row's attention that falls on each of its routed frames.
+
+        mass[b, r] = mean over h, i of  sum_t exp(scale * q[b, i, h] . k[slot, t, h] - lse[b, h, i])
+
+    with the LSE over all keys that `routed_attention(..., return_lse=True)` returned. The rest, up
+    to 1, falls on the live tokens.
+
+    Args:
+        q: `[B, Q, H, D]`, any float dtype.
+        k_pool: `[F, T, Hkv, D]`.
+        table: B rows of slots.
+        lse: `[B, H, Q]`, natural log.
+        scale: `D ** -0.5` if None.
+        queries: how many are looked at, evenly spaced; all where Q is smaller.
+
+    Returns:
+        `[B, R]` float32, 0 where a row has fewer slots. Holds one frame per row at a time.
+
+    Raises:
+        ShapeError: a shape does not fit.
+    """
+    B, Q, H, D = q.shape
+    if table.num_rows != B or lse.shape != (B, H, Q):
+        raise ShapeError(
+            f"q {list(q.shape)} needs a table of {B} rows and lse {[B, H, Q]}, got"
+            f" {table.num_rows} and {list(lse.shape)}"
+        )
+    if k_pool.ndim != 4 or k_pool.shape[3] != D or H % k_pool.shape[2]:
+        raise ShapeError(f"k_pool {list(k_pool.shape)} does not fit q {list(q.shape)}")
+    _at_least("queries", queries, 1)
+    picked = torch.linspace(0, Q - 1, min(queries, Q), device=q.device).round().long()
+    some = q[:, picked].float() * (D**-0.5 if scale is None else scale)
+    total = lse[:, :, picked].float()
+    mass = []
+    for slots in table.slots.unbind(1):
+        keys = k_pool[slots.clamp_min(0).long()].float()
+        keys = keys.repeat_interleave(H // keys.shape[2], dim=2)
+        logits = torch.einsum("bqhd,bthd->bhqt", some, keys)
+        share = (logits.logsumexp(-1) - total).exp().mean((1, 2))
+        mass.append(torch.where(slots >= 0, share, 0.0))
+    return torch.stack(mass, 1) if mass else q.new_zeros(B, 0, dtype=torch.float32)
+
+
+@torch.no_grad()
+def text_relevance(text_k: Tensor, k_pool: Tensor, slots: Iterable[int]) -> Tensor:
+    r"""How well frames match a prompt: the score by which MemFlow's bank keeps its frames.
+
+        score[n] = mean over l, h, t of  text_k[l, h] . k[slot n, t, h] / sqrt(D)
+
+    Args:
+        text_k: `[L, H, D]`, the prompt's keys of the cross-attention.
+        k_pool: `[F, T, H, D]`.
+        slots: of the frames.
+
+    Returns:
+        `[number of slots]` float32.
+
+    Raises:
+        ShapeError: heads or head sizes differ.
+    """
+    if text_k.ndim != 3 or k_pool.ndim != 4 or text_k.shape[1:] != k_pool.shape[2:]:
+        raise ShapeError(f"text_k {list(text_k.shape)} does not fit k_pool {list(k_pool.shape)}")
+    index = torch.tensor(list(slots), dtype=torch.int64, device=k_pool.device)
+    frames = k_pool[index].float().mean(1)  # the score is linear: means first
+    H, D = text_k.shape[1:]
+    score: Tensor = torch.einsum("hd,nhd->n", text_k.float().mean(0), frames) / (H * D**0.5)
+    return score
+
+
+def _at_least(name: str, value: int, limit: int) -> None:
+    if value < limit:
+        raise ConfigError(f"{name} must be at least {limit}, got {value}")

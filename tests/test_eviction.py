@@ -1,0 +1,148 @@
+"""Policies keep what they say, within their budget, however long the video."""
+
+import math
+
+import pytest
+import torch
+
+from kvpo_kernels import (
+    FramePool,
+    Timeline,
+    TopScored,
+    Window,
+    frame_attention_mass,
+    routed_attention,
+    text_relevance,
+)
+from kvpo_kernels.errors import ConfigError, ShapeError
+
+T, H, D = 4, 2, 16
+
+
+def add_block(pool: FramePool, video: Timeline, frames: int = 3) -> None:
+    first = video.append(frames)
+    page = torch.randn(frames, T, H, D, generator=torch.Generator().manual_seed(first))
+    video.write(0, first, page, -page)
+
+
+def make(num_slots: int = 24) -> tuple[FramePool, Timeline]:
+    pool = FramePool(num_slots, T, 1, H, D, dtype=torch.float32)
+    return pool, pool.timeline()
+
+
+def test_window_keeps_sink_candidates_and_the_latest() -> None:
+    pool, video = make(40)
+    for _ in range(10):
+        add_block(pool, video)
+    video.evict(Window(sink=3, local=6, candidates=[7, 11, 99]))
+    assert video.resident_frames == [0, 1, 2, 7, 11, *range(24, 30)]
+    assert pool.stats().free_slots == 40 - 11
+    video.evict(Window(sink=1, local=0))
+    assert video.resident_frames == [0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "most"),
+    [
+        (Window(3, 6), 9),
+        (TopScored(3, 6, 4, decay=0.5), 13),
+        (TopScored(3, 3, 2, record_every=9), 8),
+    ],
+    ids=["window", "top", "bank"],
+)
+def test_three_hundred_blocks_stay_within_the_budget(policy: object, most: int) -> None:
+    pool, video = make(most + 3)
+    for block in range(300):
+        add_block(pool, video)
+        if isinstance(policy, TopScored):
+            policy.observe({f: math.sin(f + block) for f in video.resident_frames})
+        video.evict(policy)  # type: ignore[arg-type]
+        assert len(video.resident_frames) == min(most, 3 * (block + 1)) or block < 20
+    assert len(video.resident_frames) == most == pool.num_slots - pool.stats().free_slots
+    if isinstance(policy, TopScored):
+        assert policy.scores.keys() <= set(video.resident_frames)
+
+
+def test_the_highest_scores_stay_and_new_frames_come_in() -> None:
+    pool, video = make()
+    for _ in range(4):
+        add_block(pool, video)
+    policy = TopScored(sink=1, local=2, budget=3)
+    policy.observe({1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3, 5: 0.0, 6: 0.0, 7: 0.8})
+    video.evict(policy)  # 8 and 9 have no score yet: they come before those that have one
+    assert video.resident_frames == [0, 2, 8, 9, 10, 11]
+    policy.observe({2: 0.9, 8: 0.1, 9: 0.5, 10: 0.7})
+    policy.always = Window(1, 1)
+    policy.budget = 2
+    video.evict(policy)
+    assert video.resident_frames == [0, 2, 10, 11]
+
+
+def test_decay_averages_and_a_bank_records_every_ninth() -> None:
+    policy = TopScored(0, 0, 1, decay=0.75)
+    policy.observe({5: 1.0})
+    policy.observe({5: 0.0})
+    assert policy.scores == {5: 0.75}
+    pool, video = make(40)
+    for _ in range(10):
+        add_block(pool, video)
+    video.evict(TopScored(3, 3, budget=3, record_every=9))
+    assert video.resident_frames == [0, 1, 2, 9, 18, 27, 28, 29]
+
+
+def test_attention_mass_is_the_share_of_a_dense_softmax() -> None:
+    pool, video = make()
+    for _ in range(3):
+        add_block(pool, video)
+    g = torch.Generator().manual_seed(7)
+    q = torch.randn(2, 5, 2 * H, D, generator=g)  # two query heads per key head
+    live = torch.randn(2, 6, H, D, generator=g)
+    rows = [[video.slot(f) for f in row] for row in ([0, 4, 8], [2, 1])]
+    table = pool.routes(rows)
+    keys = pool.k(0)
+    _, lse = routed_attention(q, keys, pool.v(0), table, live, live, return_lse=True)
+    mass = frame_attention_mass(q, keys, table, lse)
+    for b, row in enumerate(rows):
+        k = torch.cat([keys[row].flatten(0, 1), live[b]]).repeat_interleave(2, dim=1)
+        p = (torch.einsum("qhd,khd->hqk", q[b].double(), k.double()) / D**0.5).softmax(-1)
+        expected = p.mean((0, 1))[: len(row) * T].view(len(row), T).sum(1)
+        # Float32 logits of size 10, and their exponents.
+        torch.testing.assert_close(mass[b, : len(row)].double(), expected, rtol=1e-5, atol=1e-7)
+    assert mass[1, 2] == 0 and (mass.sum(1) < 1).all()
+    some = frame_attention_mass(q, keys, table, lse, queries=2)  # the first and the last
+    ends = frame_attention_mass(q[:, [0, 4]], keys, table, lse[:, :, [0, 4]])
+    assert torch.equal(some, ends)
+
+
+def test_text_relevance_is_the_mean_product() -> None:
+    pool, video = make()
+    add_block(pool, video)
+    text = torch.randn(7, H, D, generator=torch.Generator().manual_seed(1))
+    slots = [video.slot(f) for f in (2, 0)]
+    expected = torch.einsum("lhd,nthd->nlht", text, pool.k(0)[slots]).mean((1, 2, 3)) / D**0.5
+    # Sums of 7 * 4 * 32 products in another order.
+    torch.testing.assert_close(text_relevance(text, pool.k(0), slots), expected, rtol=0, atol=1e-5)
+
+
+def test_policies_that_cannot_be_meant() -> None:
+    for call, match in (
+        (lambda: Window(-1, 3), "sink must be at least 0, got -1"),
+        (lambda: TopScored(0, 0, -1), "budget must be at least 0, got -1"),
+        (lambda: TopScored(0, 0, 1, decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
+        (lambda: TopScored(0, 0, 1, record_every=0), "record_every must be at least 1, got 0"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            call()
+    policy = TopScored(0, 0, 1)
+    with pytest.raises(ShapeError, match=r"scores of frames \[4\] are NaN"):
+        policy.observe({3: 1.0, 4: float("nan")})
+    assert policy.scores == {}
+    pool, video = make()
+    add_block(pool, video)
+    q, table = torch.zeros(1, 3, H, D), pool.routes([[video.slot(0)]])
+    with pytest.raises(ShapeError, match="needs a table of 1 rows"):
+        frame_attention_mass(q, pool.k(0), table, torch.zeros(1, H, 4))
+    with pytest.raises(ShapeError, match="does not fit"):
+        frame_attention_mass(q, pool.k(0)[..., :8], table, torch.zeros(1, H, 3))
+    with pytest.raises(ShapeError, match="does not fit"):
+        text_relevance(torch.zeros(3, H, 8), pool.k(0), [0])
