@@ -50,6 +50,14 @@ template <int kRows, int kLocality> struct Prefetch {
 KVPO_INLINE float load_element(const char* p) { // bf16 pairs are aligned to 2 bytes only
   float x;
   std::memcpy(&x, p, sizeof(x));
+#if KVPO_ISA_LEVEL == 0
+  // GCC 12 joins the loads of neighbouring rows and steps, and reads a step beyond the last one.
+#if defined(__x86_64__)
+  __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(x));
+#endif
+#endif
   return x;
 }
 

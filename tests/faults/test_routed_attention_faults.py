@@ -258,3 +258,15 @@ def test_binding_refuses_what_would_leave_memory() -> None:
     ):
         with pytest.raises(_native.Error):
             call(**changes)
+
+
+# 20: more rows and heads than a grid has in y
+def test_more_than_65535_rows() -> None:
+    rows = 66_000
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(rows, 1, 1, 16, generator=g)
+    k, v = torch.randn(2, 2, 3, 1, 16, generator=g)
+    out = routed_attention(q, k, v, RouteTable([[b % 2] for b in range(rows)], 2), backend="cpu")
+    for b in (0, 1, 65_535, 65_536, rows - 1):
+        one = routed_attention(q[b : b + 1], k, v, RouteTable([[b % 2]], 2), backend="cpu")
+        assert torch.equal(out[b : b + 1], one)

@@ -1,0 +1,79 @@
+"""Kernels read and write nothing beyond an allocation: the page after it ends the process.
+
+Fault case 14. Sanitizers do not see what a compiler adds when it vectorises; this does.
+"""
+
+import subprocess
+import sys
+
+GUARDED = """
+import ctypes, mmap, sys
+import torch
+from kvpo_kernels import RopeTable, RouteTable, _native
+from kvpo_kernels import qk_norm_rope, qk_norm_rope_write, routed_attention, tve_grpo_loss
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+def at_the_end(t):
+    "A copy whose last byte is the last that may be touched."
+    page = mmap.PAGESIZE
+    size = -(-t.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(address + size), page, 0) == 0
+    kept.append(memory)
+    copy = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=size - t.nbytes)
+    return copy.view(t.shape).copy_(t)
+
+def same(call, inputs):
+    a, b = call(*inputs), call(*[at_the_end(t) for t in inputs])
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+def attention(q, k, v, k_live, v_live, grad):
+    leaves = [t.requires_grad_() for t in (q, k_live, v_live)]
+    out = routed_attention(q, k, v, table, k_live, v_live, backend="cpu")
+    return [out, *torch.autograd.grad(out, leaves, grad)]
+
+def objective(pred, target, weights, old, advantages):
+    pred.requires_grad_()
+    r = tve_grpo_loss(pred, target, weights, old, advantages, backend="cpu")
+    return [r.numbers, r.pred_grad]
+
+def norm_rope(q, k, v, q_weight, k_weight, pools, grad):
+    leaves = [t.requires_grad_() for t in (q, k, q_weight, k_weight)]
+    outs = qk_norm_rope(*leaves, rope, 3, grid=grid, backend="cpu")
+    grads = torch.autograd.grad(outs, leaves, [grad, grad])
+    with torch.no_grad():
+        written = qk_norm_rope_write(q, k, v, q_weight, k_weight, rope, 3, grid=grid,
+            k_pool=pools[0], v_pool=pools[1], slots=slots, backend="cpu")
+    return [*outs, *grads, written, pools]
+
+kept = []
+g = torch.Generator().manual_seed(0)
+for isa in ("portable", "avx2", "avx512", "avx512_bf16"):
+    _native.set_isa_limit(isa)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        draw = lambda *shape: torch.randn(*shape, generator=g).to(dtype)
+        for T, L, Q in ((13, 3, 5), (1560 // 8, 7, 33), (1, 1, 1)):
+            table = RouteTable([[2], [0, 2]], 3)
+            same(attention, [draw(2, Q, 2, 48), *(draw(3, T, 1, 48) for _ in "kv"),
+                             *(draw(2, L, 1, 48) for _ in "kv"), draw(2, Q, 2, 48)])
+        if dtype is torch.float16:
+            continue
+        for N in (1, 37, 4097):
+            scores = [torch.randn(3, generator=g) for _ in "oa"]
+            same(objective, [draw(3, 2, N), draw(3, 2, N), torch.rand(2, generator=g), *scores])
+        for grid, H, D in (((1, 3, 5), 3, 16), ((2, 1, 1), 1, 48)):
+            rope, T = RopeTable(D), grid[1] * grid[2]
+            slots = torch.tensor([[3, 0][: grid[0]], [1, 2][: grid[0]]])
+            x = [draw(2, grid[0] * T, H, D) for _ in "qkv"]
+            same(norm_rope, [*x, draw(H * D), draw(H * D), torch.zeros(2, 4, T, H, D, dtype=dtype),
+                             torch.ones_like(x[0])])
+print("inside")
+"""
+
+
+def test_nothing_beyond_an_allocation_is_touched() -> None:
+    """In a process of its own: a load past the end ends it."""
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True)
+    assert done.stdout == "inside\n", done.stderr[-2000:]
