@@ -1,6 +1,8 @@
 """Shapes of the generators that KVPO trains, as data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from kvpo_kernels.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,14 @@ class GeneratorSize:
     text_tokens: int
     block_frames: int = 3
     denoise_steps: int = 4
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if min(value if isinstance(value, tuple) else (value,)) < 1:
+                raise ConfigError(f"{field.name} must be at least 1, got {value}")
+        if self.dim % self.heads:
+            raise ConfigError(f"dim must be a multiple of heads = {self.heads}, got {self.dim}")
 
     @property
     def head_dim(self) -> int:
