@@ -56,6 +56,43 @@ def kernels() -> list[str]:
     return lines
 
 
+def iteration() -> list[str]:
+    """The table of `benchmarks/iteration.py`."""
+    path, data = newest("iteration-*.json")
+    e, size, today, ours = data["environment"], data["size"], data["today"], data["ours"]
+    rows = [(p, today["phases"][p], ours["phases"][p], "s") for p in ours["phases"]]
+    rows.append(("**iteration**", today["seconds"], ours["seconds"], "s"))
+    rows.append(("copied, read and written", today["copied_bytes"], ours["copied_bytes"], "GiB"))
+    rows.append(("between host and device", today["host_bytes"], ours["host_bytes"], "GiB"))
+    rows.append(("operations", today["operations"], ours["operations"], ""))
+    rows.append(("waits for the device", today["syncs"], ours["syncs"], ""))
+    lines = [
+        "## One KVPO iteration",
+        "",
+        f"Size {size['name']} ({size['layers']} layers, width {size['dim']}), {size['branches']}"
+        f" branches, on {e['processor']}, {e['threads']} threads; torch {e['torch']}; commit"
+        f" {e['commit'][:10]}, {e['date'][:10]}. Reproduce: `python benchmarks/iteration.py`. Raw:"
+        f" [`{path.name}`](../benchmarks/results/{path.name}).",
+        "",
+        "The same rollout, replays and gradient as today's trainers run them (rebuilt: caches"
+        " cloned and rolled per layer, branches one by one, state saved to the host) and over the"
+        " pool. Both take turns in one process after a check that scores and gradients agree (to"
+        f" {max(data['differences'].values()):.0e}); medians per iteration.",
+        "",
+        "![seconds by phase](figures/iteration.png)",
+        "",
+        "| | today | ours | ratio |",
+        "|---|---:|---:|---:|",
+    ]
+    for label, a, b, unit in rows:
+        a, b = (x / 2**30 if unit == "GiB" else x for x in (a, b))
+        share = f"{a / b:,.1f}" if b else ""
+        if label == "**iteration**":  # the median of the rounds' ratios
+            share = f"**{data['ratios']['time']:.1f}**"
+        lines.append(f"| {label}{', ' * bool(unit)}{unit} | {a:,.3g} | {b:,.3g} | {share} |")
+    return lines
+
+
 def learning() -> list[str]:
     """The controls of `kvpo-train verify`."""
     path, data = newest("verify-*.json")
@@ -88,7 +125,7 @@ def learning() -> list[str]:
 def page() -> str:
     """All of it."""
     head = ["# Results", "", "Made by `python benchmarks/render.py`; do not edit.", ""]
-    return "\n".join([*head, *kernels(), "", *learning()]) + "\n"
+    return "\n".join([*head, *kernels(), "", *iteration(), "", *learning()]) + "\n"
 
 
 def readme(text: str) -> str:
@@ -111,6 +148,14 @@ def readme(text: str) -> str:
     for op in dict.fromkeys(op for op, _ in ratios):
         cells = [f"{min(v):.1f} to {max(v):.1f}" for v in (ratios[op, d] for d in DTYPES)]
         lines.append(f"| {op} | {cells[0]} | {cells[1]} |")
+    _, i = newest("iteration-*.json")
+    lines += [
+        "",
+        f"One KVPO iteration at the reference trainer's size, {i['size']['branches']} branches, is"
+        f" {i['ratios']['time']:.1f} times as fast as the same done branch by branch over cloned"
+        f" caches, and copies {i['today']['copied_bytes'] / i['ours']['copied_bytes']:,.0f} times"
+        " fewer bytes. No GPU has been measured yet.",
+    ]
     _, v = newest("verify-*.json")
     g = v["signed"]["reward"]
     lines += [
