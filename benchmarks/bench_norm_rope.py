@@ -13,23 +13,15 @@ from collections.abc import Callable
 import torch
 from harness import Record, allocator, check, main
 from torch import Tensor
-from wan import EPS, axis_tables, rms_norm, rope_float64
+from wan import axis_tables, rope_float64
 
 from kvpo_kernels import RopeTable, qk_norm_rope_write
+from kvpo_kernels.bench.norm_rope import fused, rms_norm
 from kvpo_kernels.bench.timing import interleaved, ratio
 
 # B, (frames, height, width), H, D: the trainer's scale, and one block of a 1.3B model
 SHAPES = ((8, (3, 16, 16), 6, 64), (2, (3, 30, 52), 12, 128))
 BAR_ORIGINAL, BAR_COMPILE = 8.0, 2.5
-
-
-def fused(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    wide = x.float()
-    y = wide * torch.rsqrt(wide.square().mean((-2, -1), keepdim=True) + EPS)
-    y = y * weight.view(x.shape[-2:])
-    even, odd = y[..., 0::2], y[..., 1::2]
-    c, s = cos[:, None], sin[:, None]
-    return torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2).to(x.dtype)
 
 
 def fused_write(

@@ -29,11 +29,15 @@ BAR_READ = 0.85  # of the time that a sum over as many bytes takes
 def torch_loss(
     pred: Tensor, target: Tensor, weights: Tensor, old: Tensor, advantages: Tensor, ref: Tensor
 ) -> Tensor:
-    """The objective as one writes it in torch, with the defaults of `ContrastiveObjective`."""
+    """From predictions to the loss."""
     mse = (pred.float() - target.float()).square().flatten(2).mean(dim=-1)
-    log_pi = torch.log_softmax(-(mse * weights).sum(dim=1), dim=0)
-    log_ref = torch.log_softmax(ref, dim=0)
-    ratio = (log_pi - torch.log_softmax(old, dim=0)).clamp(-20.0, 20.0).exp()
+    return policy_loss(-(mse * weights).sum(dim=1), old, advantages, ref)
+
+
+def policy_loss(scores: Tensor, old: Tensor, advantages: Tensor, ref: Tensor) -> Tensor:
+    """The objective as one writes it in torch, with the defaults of `ContrastiveObjective`."""
+    log_pi, log_old, log_ref = (torch.log_softmax(s, dim=0) for s in (scores, old, ref))
+    ratio = (log_pi - log_old).clamp(-20.0, 20.0).exp()
     gain = torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.2) * advantages)
     pi = log_pi.exp()
     return -gain.mean() + 10.0 * (pi * ((pi + 1e-10).log() - log_ref)).sum()

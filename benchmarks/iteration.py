@@ -3,9 +3,10 @@
     python benchmarks/iteration.py [--size tiny|wan-1.3b|wan-14b] [--layers N] [--branches G]
                                    [--device cpu|cuda] [--rounds N] [--out FILE] [--plot FILE]
 
-Both ways (`trainers.py`) take turns in this process, on the same weights, noise, routes and
-advantages, after a check that their scores and gradients agree. One sample is a window of two
-iterations, as the release has two rollouts per old policy; times are per iteration, medians.
+Both ways (`todays_trainer.py`, `pooled_trainer.py`) take turns in this process, on the same
+weights, noise, routes and advantages, after a check that their scores and gradients agree. One
+sample is a window of two iterations, as the release has two rollouts per old policy; times are per
+iteration, medians.
 Copies, operations and host synchronizations are counted by the dispatcher in a window of their own:
 an op of this library counts as one operation. Bytes between host and device are those of the state
 and the trajectories; where the device is the CPU they are what a GPU would move.
@@ -28,11 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pooled_trainer import Pooled
 from run import environment
+from todays_trainer import Today
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
-from trainers import Pooled, Problem, Today, Trainer, make_problem
+from trainers import Problem, Trainer, make_problem
 
 from kvpo_kernels.cost.sizes import SIZES
 

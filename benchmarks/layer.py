@@ -5,8 +5,9 @@
 
 E1, context pass: norm, rotation, write, attention, forward. E2, replay: norm, rotation, attention,
 forward and backward to q, k and v. As today's trainers do it, branch by branch over caches of 33
-frames that are full and roll (`trainers.py`), and over the pool. They take turns in this process,
-after a check that they agree. The exit status is 1 if a bar is missed; only GPUs have bars.
+frames that are full and roll (`todays_trainer.py`), and over the pool. They take turns in this
+process, after a check that they agree. The exit status is 1 if a bar is missed; only GPUs have
+bars.
 """
 
 import argparse
@@ -19,8 +20,9 @@ from typing import Any
 
 import torch
 from run import environment
+from todays_trainer import Cache, attend_joined, keep
 from torch import Tensor
-from trainers import CACHE, LOCAL, SINK, Cache, Problem, attend_joined, keep, make_problem
+from trainers import Problem, make_problem
 from wan import axis_tables
 
 from kvpo_kernels import (
@@ -31,6 +33,7 @@ from kvpo_kernels import (
     routed_attention,
 )
 from kvpo_kernels.bench.timing import interleaved, ratio
+from kvpo_kernels.cost.iteration import CACHE, LOCAL, SINK
 from kvpo_kernels.cost.sizes import SIZES
 
 FIRST = 48  # the block; caches have held frames up to it and roll for it

@@ -154,7 +154,7 @@ def readme(text: str) -> str:
         f"One KVPO iteration at the reference trainer's size, {i['size']['branches']} branches, is"
         f" {i['ratios']['time']:.1f} times as fast as the same done branch by branch over cloned"
         f" caches, and copies {i['today']['copied_bytes'] / i['ours']['copied_bytes']:,.0f} times"
-        " fewer bytes. No GPU has been measured yet.",
+        " fewer bytes (`python benchmarks/iteration.py`). No GPU has been measured yet.",
     ]
     _, v = newest("verify-*.json")
     g = v["signed"]["reward"]

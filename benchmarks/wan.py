@@ -1,7 +1,7 @@
 """A Wan-shaped causal transformer with random weights; how it attends is the caller's.
 
-Also the norm and rotation as Wan computes them: RMSNorm in float32, then, row by row, angles put
-together from one table per axis, and a complex product in float64.
+Also the rotation as Wan computes it: row by row, angles put together from one table per axis, and a
+complex product in float64.
 
 Shape letters: B rows, N tokens of a block, T tokens of a frame, M model dimension, H heads, D head
 size, P values of a token.
@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from kvpo_kernels import RopeTable
 from kvpo_kernels.cost.sizes import GeneratorSize
 
-EPS = 1e-6
 PATCH = 4  # latents of a token, 2 x 2
 
 Attend = Callable[[int, nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -115,13 +114,6 @@ def _layer(
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """Over heads and head size, as the model dimension is."""
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean((-2, -1), keepdim=True) + EPS)
-    return (wide * scale).to(x.dtype) * weight.view(x.shape[-2:])
 
 
 def axis_tables(

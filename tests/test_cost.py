@@ -63,13 +63,14 @@ def test_known_forwards_of_an_iteration() -> None:
 
 
 def test_operations_as_a_counter_counts_them() -> None:
+    import todays_trainer
     import trainers
     from wan import PATCH
 
     size = GeneratorSize(2, 48, 3, 96, (2, 3), 1, 4)
     problem = trainers.make_problem(size, 1, 1, False, "cpu", torch.float32)
-    today = trainers.Today(problem)
-    cache = trainers.Cache.empty(problem)
+    today = todays_trainer.Today(problem)
+    cache = todays_trainer.Cache.empty(problem)
     with torch.no_grad():
         for first in range(0, 12, 3):
             today._sample_block(today.old, cache, first, None)

@@ -140,25 +140,15 @@ def test_a_table_update_moves_its_references() -> None:
 
 
 def test_a_pending_backward_keeps_the_frames() -> None:
-    class Saves(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, slots):
-            ctx.save_for_backward(slots)
-            return x * 2
-
-        @staticmethod
-        def backward(ctx, grad):
-            assert ctx.saved_tensors[0].tolist() == [[0]]
-            return grad * 2, None
-
     pool = make_pool()
     video = filled(pool, 1)
     table = pool.routes([[video.slot(0)]])
-    y = Saves.apply(torch.ones(1, requires_grad=True), table.slots)
+    y = Saving.apply(torch.ones(1, requires_grad=True), table.slots)
     video.release()
     del table
     gc.collect()
     assert pool.stats().free_slots == 11
+    assert y.grad_fn.saved_tensors[0].tolist() == [[0]]
     y.backward()
     del y
     gc.collect()

@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import iteration
 import layer
+import todays_trainer
 import trainers
 
 from kvpo_kernels.cost.sizes import GeneratorSize
@@ -29,7 +30,7 @@ def test_scores_and_gradients_agree(micro_batch: int, checkpoint_layers: bool) -
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainers, "window", lambda p, cache, end: cache[:, : p.tokens(3)])
+    monkeypatch.setattr(todays_trainer, "window", lambda p, cache, end: cache[:, : p.tokens(3)])
     with pytest.raises(AssertionError):
         iteration.agree("cpu")
 

@@ -1,6 +1,6 @@
 """One op's call against its baselines, on the same inputs and in turns."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -84,6 +84,42 @@ class Comparison:
         times = interleaved(calls, device=self.device, **self.budget)
         for id in [id for id in calls if id != "ours"]:
             yield self.record(id, times["ours"], others[id][0], times[id], flops)
+
+    def compare_and_copy(
+        self, id: str, ours: Call, others: Baselines, flops: float, copy_tbps: float
+    ) -> Iterator[Record]:
+        """As `compare`, and how near ours comes to a copy of as many bytes."""
+        mine: Any = None
+        for record in self.compare(ours, others, flops):
+            mine = record if "failed" not in record else mine
+            yield record
+        if mine is not None:
+            time = Timing(mine["ours_ms"], mine["ours_min_ms"], (mine["ours_ms"],))
+            floor = self.common["bytes"] / copy_tbps / 1e9
+            least = Timing(floor, floor, (floor,))
+            yield self.record(f"{id}/copy", time, "a copy of as many bytes", least, flops)
+
+
+def memory_bound_parts(
+    cases: Sequence[Any],
+    bench: Callable[..., Any],
+    device: str,
+    quick: bool,
+    backend: str | None,
+    copy_tbps: float,
+) -> Iterator[tuple[str, Callable[[], Iterator[Record]]]]:
+    """What is measured, each on its own so that one that fails leaves the others."""
+    for case in cases[:1] if quick else cases:
+        sized = case if device == "cuda" else case.smaller()
+
+        def run(sized: Any = sized) -> Iterator[Record]:
+            torch.compiler.reset()  # else it gives up after eight shapes and runs eagerly
+            records: Iterator[Record] = bench(sized, torch.bfloat16, device, backend, quick).run(
+                copy_tbps
+            )
+            return records
+
+        yield f"{case.id} {case.variant}".strip(), run
 
 
 def _check(ours: Any, other: Any, name: str) -> None:

@@ -6,14 +6,12 @@ The bars are those of an H200 in bfloat16; elsewhere the same cases run smaller 
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvpo_kernels import RopeTable, qk_norm_rope_write
-from kvpo_kernels.bench.comparison import Baselines, Comparison, Record
-from kvpo_kernels.bench.timing import Timing
+from kvpo_kernels.bench.comparison import Baselines, Comparison, Record, memory_bound_parts
 
 EPS = 1e-6
 FIRST_FRAME = 21
@@ -23,6 +21,7 @@ FIRST_FRAME = 21
 class Case:
     """One block of G branches, written into the pool."""
 
+    id: str = "R1"
     variant: str = ""
     branches: int = 8
     grid: tuple[int, int, int] = (3, 30, 52)
@@ -34,16 +33,21 @@ class Case:
         return replace(self, branches=1, grid=(3, 8, 8), heads=2)
 
 
-CASES = (Case(), Case("h40", heads=40), Case("one-branch", branches=1))
+CASES = (Case(), Case(variant="h40", heads=40), Case(variant="one-branch", branches=1))
 BARS = {"R1": 10.0, "R1/compile": 1.2, "R1/copy": 0.8}
 
 
-def original(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
-    """RMSNorm in float32, a complex product in float64: what Wan's attention computes."""
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """Over heads and head size, as the model dimension is; in float32, as Wan does."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean((-2, -1), keepdim=True) + EPS)
-    normed = (wide * scale).to(x.dtype) * weight.view(x.shape[-2:])
-    turned = torch.view_as_complex(normed.double().unflatten(-1, (-1, 2))) * rotation[:, None]  # type: ignore[no-untyped-call]
+    return (wide * scale).to(x.dtype) * weight.view(x.shape[-2:])
+
+
+def original(x: Tensor, weight: Tensor, rotation: Tensor) -> Tensor:
+    """RMSNorm, then a complex product in float64: what Wan's attention computes."""
+    pairs = rms_norm(x, weight).double().unflatten(-1, (-1, 2))  # type: ignore[no-untyped-call]
+    turned = torch.view_as_complex(pairs) * rotation[:, None]
     return torch.view_as_real(turned).flatten(-2).to(x.dtype)
 
 
@@ -123,27 +127,11 @@ class Bench(Comparison):
             ),
         }
         flops = 13.0 * (self.q.numel() + self.k.numel()) / 2
-        mine: Any = None
-        for record in self.compare(self.ours, others, flops):
-            mine = record if "failed" not in record else mine
-            yield record
-        if mine is not None:
-            time = Timing(mine["ours_ms"], mine["ours_min_ms"], (mine["ours_ms"],))
-            floor = self.common["bytes"] / copy_tbps / 1e9
-            least = Timing(floor, floor, (floor,))
-            yield self.record("R1/copy", time, "a copy of as many bytes", least, flops)
+        yield from self.compare_and_copy("R1", self.ours, others, flops, copy_tbps)
 
 
 def parts(
     device: str, quick: bool, backend: str | None, rates: dict[str, float]
 ) -> Iterator[tuple[str, Callable[[], Iterator[Record]]]]:
     """What is measured, each on its own so that one that fails leaves the others."""
-    for case in CASES[:1] if quick else CASES:
-        sized = case if device == "cuda" else case.smaller()
-
-        def run(sized: Case = sized) -> Iterator[Record]:
-            torch.compiler.reset()  # else it gives up after eight shapes and runs eagerly
-            bench = Bench(sized, torch.bfloat16, device, backend, quick)
-            return bench.run(rates["copy_tbps"])
-
-        yield f"R1 {case.variant}".strip(), run
+    return memory_bound_parts(CASES, Bench, device, quick, backend, rates["copy_tbps"])

@@ -6,14 +6,12 @@ The bars are those of an H200 in bfloat16; elsewhere the same cases run smaller 
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvpo_kernels import trajectory_velocity_energy, tve_grpo_loss
-from kvpo_kernels.bench.comparison import Baselines, Comparison, Record
-from kvpo_kernels.bench.timing import Timing
+from kvpo_kernels.bench.comparison import Baselines, Comparison, Record, memory_bound_parts
 
 
 @dataclass(frozen=True)
@@ -98,27 +96,11 @@ class Bench(Comparison):
             ),
         }
         flops = 5.0 * self.pred.numel()
-        ours: Any = None
-        for record in self.compare(self.ours, others, flops):
-            ours = record if "failed" not in record else ours
-            yield record
-        if ours is not None:
-            time = Timing(ours["ours_ms"], ours["ours_min_ms"], (ours["ours_ms"],))
-            floor = self.common["bytes"] / copy_tbps / 1e9
-            least = Timing(floor, floor, (floor,))
-            yield self.record(f"{id}/copy", time, "a copy of as many bytes", least, flops)
+        yield from self.compare_and_copy(id, self.ours, others, flops, copy_tbps)
 
 
 def parts(
     device: str, quick: bool, backend: str | None, rates: dict[str, float]
 ) -> Iterator[tuple[str, Callable[[], Iterator[Record]]]]:
     """What is measured, each on its own so that one that fails leaves the others."""
-    for case in CASES[:1] if quick else CASES:
-        sized = case if device == "cuda" else case.smaller()
-
-        def run(sized: Case = sized) -> Iterator[Record]:
-            torch.compiler.reset()  # else it gives up after eight shapes and runs eagerly
-            bench = Bench(sized, torch.bfloat16, device, backend, quick)
-            return bench.run(rates["copy_tbps"])
-
-        yield f"{case.id} {case.variant}".strip(), run
+    return memory_bound_parts(CASES, Bench, device, quick, backend, rates["copy_tbps"])

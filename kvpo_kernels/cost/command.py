@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvpo_kernels.cost.iteration import Run, Work, memory, phases
+from kvpo_kernels.cost.iteration import Run, Way, Work, memory, phases
 from kvpo_kernels.cost.sizes import SIZES, GeneratorSize
 from kvpo_kernels.errors import ConfigError
 
-WAYS = ("today", "ours")
+WAYS: tuple[Way, ...] = ("today", "ours")
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def estimate(run: Run, rates: Rates) -> dict[str, Any]:
     """Everything that the table shows, in bytes, operations and seconds, per iteration and GPU."""
     result: dict[str, Any] = {"run": dataclasses.asdict(run), "rates": dataclasses.asdict(rates)}
     for way in WAYS:
-        work = phases(run, "ours" if way == "ours" else "today")
-        held = memory(run, "ours" if way == "ours" else "today")
+        work, held = phases(run, way), memory(run, way)
         result[way] = {
             "phases": {
                 name: {**dataclasses.asdict(w), "seconds": rates.seconds(w)}

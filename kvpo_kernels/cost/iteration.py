@@ -14,6 +14,7 @@ from kvpo_kernels.errors import ConfigError
 from kvpo_kernels.history.planning import HistoryRouting, eligible_starts
 
 Train = Literal["lora", "full"]
+Way = Literal["today", "ours"]
 SINK, LOCAL, CACHE = 3, 6, 33
 ELEMENT = 2  # bytes of bfloat16
 
@@ -148,18 +149,18 @@ def backward(run: Run, every_key: bool) -> Work:
     return Work(one.linear + weights, s.layers * (self_attention + cross), 2 * one.memory, 0.0, 0.0)
 
 
-def _waste(run: Run, rolls: int, rope: bool = True) -> float:
+def _waste(run: Run, rolls: int) -> float:
     """Bytes per forward that today's trainers move: clone, roll, join, rotation in float64."""
     s = run.size
     frame = s.frame_tokens * s.dim * ELEMENT
     clone = 2 * 2 * CACHE * frame
     roll = rolls * 2 * 2 * 2 * (CACHE - SINK - s.block_frames) * frame  # out of place, then back
     join = 2 * 2 * (SINK + LOCAL + s.block_frames) * frame
-    turn = 2 * s.block_frames * frame * 17 if rope else 0  # float64 twice as complex numbers
+    turn = 2 * s.block_frames * frame * 17  # float64 twice as complex numbers
     return s.layers * (clone + roll + join + turn)
 
 
-def phases(run: Run, way: Literal["ours", "today"]) -> dict[str, Work]:
+def phases(run: Run, way: Way) -> dict[str, Work]:
     """Work of one iteration, averaged over the starts it may have, by phase."""
     total: dict[str, Work] = {}
     for start in run.starts:
@@ -176,7 +177,7 @@ def _blocks(run: Run, start: int) -> tuple[int, int]:
     return start // run.size.block_frames, (min(end, run.frames) - start) // run.size.block_frames
 
 
-def _phases_from(run: Run, way: str, start: int) -> dict[str, Work]:
+def _phases_from(run: Run, way: Way, start: int) -> dict[str, Work]:
     steps = run.size.denoise_steps
     prefix, blocks = _blocks(run, start)
     rolled = (run.frames - start) // run.size.block_frames if run.whole_video else blocks
@@ -189,23 +190,22 @@ def _phases_from(run: Run, way: str, start: int) -> dict[str, Work]:
     gradient = run.own_branches * run.gradient_steps * blocks
     cache = CACHE * run.frame_bytes
 
-    extra = {"rollout": Work(), "replay": Work(), "gradient": Work()}
+    sampling = replaying = Work()  # beyond the forward itself
     if today:
         first, later = _waste(run, rolls=2), _waste(run, rolls=0)
-        block = Work(memory=first + (per_block - 1) * later)
-        extra["rollout"] = block.times(1 / per_block)
-        extra["replay"] = extra["gradient"] = Work(memory=_waste(run, rolls=1))
-    sampled, replayed = one + extra["rollout"], one + extra["replay"]
+        sampling = Work(memory=(first + (per_block - 1) * later) / per_block)
+        replaying = Work(memory=_waste(run, rolls=1))
+    sampled, replayed = one + sampling, one + replaying
     result = {
         "prefix": sampled.times(per_block * prefix),
         "rollout": sampled.times(per_block * rolled * rows),
         "replay": replayed.times(replays),
         # Two rollouts share an old policy: in the first it is the current one.
         "replay, old": replayed.times(replays * (1.0 if today else 0.5)),
-        "replay, initial": (forward(run, adapters=False) + extra["replay"]).times(replays),
+        "replay, initial": (forward(run, adapters=False) + replaying).times(replays),
     }
     recompute = 1 if today or not run.checkpoint_layers else 2
-    step = (one + extra["gradient"]).times(recompute) + backward(run, every_key=today)
+    step = replayed.times(recompute) + backward(run, every_key=today)
     result["gradient"] = step.times(gradient)
     if not today:  # contexts are made again, and not kept from the replay
         result["gradient"] += one.times(run.own_branches * (blocks - 1))
@@ -217,7 +217,7 @@ def _phases_from(run: Run, way: str, start: int) -> dict[str, Work]:
     return result
 
 
-def memory(run: Run, way: Literal["ours", "today"]) -> dict[str, float]:
+def memory(run: Run, way: Way) -> dict[str, float]:
     """Bytes at the peak, by what they are for, on the GPU that has most branches."""
     s, G = run.size, run.own_branches
     N = s.block_frames * s.frame_tokens
@@ -235,18 +235,17 @@ def memory(run: Run, way: Literal["ours", "today"]) -> dict[str, float]:
         history = (G + 1) * CACHE * run.frame_bytes + CACHE * run.frame_bytes / s.layers
         kept = 1
     trained = run.lora_parameters if run.train == "lora" else run.parameters
-    copies = 1 if run.train == "lora" else 3  # policy, old, initial; adapters share the base
+    # Policy, old and initial: three copies, or one that three sets of adapters share.
+    weights = run.parameters + 3 * trained if run.train == "lora" else 3 * trained
     # Of a layer: about 20 values of the model's width and 3 of the feed-forward's per token;
     # for the 1.3B model with adapters this is the 545 MB that a hook on saved tensors counts.
     layer = N * ELEMENT * (20 * s.dim + 3 * s.ffn)
     inputs = N * ELEMENT * s.dim
-    stored = s.layers * inputs + layer if way == "ours" and run.checkpoint_layers else None
-    activations = kept * (s.layers * layer if stored is None else stored)
+    recomputed = way == "ours" and run.checkpoint_layers
+    activations = kept * (s.layers * inputs + layer if recomputed else s.layers * layer)
     latents = N * 4 * s.latent_channels * ELEMENT
     return {
-        "weights": float(copies * run.parameters * ELEMENT + 3 * run.lora_parameters * ELEMENT)
-        if run.train == "lora"
-        else float(copies * run.parameters * ELEMENT),
+        "weights": float(weights * ELEMENT),
         "gradients and optimizer": float(trained * (ELEMENT + 8)),
         "history": history,
         "activations": float(activations),

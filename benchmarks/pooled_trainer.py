@@ -1,0 +1,181 @@
+"""A KVPO iteration over this library.
+
+One frame pool, branches in one batch, attention that reads frames in place, energies
+without a graph and then one block-step at a time, and no replay of an old policy that is the
+current one. The contexts of the second pass are remade block by block, not kept from the first.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from trainers import GRADIENT_STEPS, SIGMAS, WEIGHTS, Clock, Problem, Trainer
+from wan import Transformer
+
+from kvpo_kernels import (
+    FramePool,
+    RouteTable,
+    Timeline,
+    TrajectoryEnergies,
+    branch_policy_loss,
+    qk_norm_rope,
+    qk_norm_rope_write,
+    routed_attention,
+    velocity_gradient,
+)
+from kvpo_kernels.cost.iteration import LOCAL, SINK
+
+
+@dataclass
+class Context:
+    """What the rows of a block attend to besides it."""
+
+    slots: list[list[int]]
+    table: RouteTable
+
+
+@dataclass
+class Trace:
+    """A rollout's record: inputs and predictions of every block, `[G, 4, N, P]`."""
+
+    prefix: Timeline
+    noisy: list[Tensor]
+    x0: list[Tensor]
+
+
+class Pooled(Trainer):
+    """All branches in one batch over one pool."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        p = problem
+        # The prefix, and of each branch and the anchor the local window and a block.
+        slots = p.plan.start_frame + (p.routing.num_branches + 1) * (LOCAL + 3)
+        sizes = (slots, p.size.frame_tokens, p.size.layers, p.size.heads, p.size.head_dim)
+        self.pool = FramePool(*sizes, dtype=p.dtype, device=p.device)
+
+    def iteration(self, clock: Clock, synced: bool) -> None:
+        p = self.problem
+        with clock("prefix"), torch.no_grad():
+            prefix = self.pool.timeline()
+            for first in range(0, p.plan.start_frame, 3):
+                self._sample_block(self.old, [prefix], first, self._normal([prefix]))
+        with clock("rollout"), torch.no_grad():
+            trace = self._roll_out(prefix)
+        with clock("replay"), torch.no_grad():
+            scores, last = self._scores(self.policy, trace)
+        with clock("replay, old"), torch.no_grad():
+            old_scores = scores if synced else self._scores(self.old, trace)[0]
+        with clock("replay, initial"), torch.no_grad():
+            ref_scores, _ = self._scores(p.initial, trace)
+        with clock("gradient"):
+            self.optimizer.zero_grad()
+            kappa = branch_policy_loss(scores, old_scores, p.advantages, ref_scores).score_grad
+            self._accumulate(trace, last, kappa)
+        with clock("optimizer"):
+            self._update()
+        self.scores = scores
+
+    def _roll_out(self, prefix: Timeline) -> Trace:
+        p, G = self.problem, self.problem.routing.num_branches
+        rows = prefix.fork(G + 1)
+        trace = Trace(prefix, [], [])
+        for first in p.blocks():
+            if first < p.plan.end_frame:
+                branches = zip(rows[:G], p.plan.attended, strict=True)
+                slots = [row.routed(SINK, frames, nearest=1) for row, frames in branches]
+                slots.append(rows[G].window(SINK, LOCAL))
+                context = Context(slots, self.pool.routes(slots))
+            else:
+                context = self._normal(rows)
+            noisy, x0 = self._sample_block(self.old, rows, first, context)
+            trace.noisy.append(noisy[:G])
+            trace.x0.append(x0[:G])
+            for row, frames in zip(rows, [*p.plan.attended, []], strict=True):
+                row.evict([*range(SINK), *frames, *range(first + 3 - LOCAL, first + 3)])
+        return trace
+
+    def _scores(self, policy: Transformer, trace: Trace) -> tuple[Tensor, list[Tensor]]:
+        """Scores, and the last prediction of every block, from which its context can be remade."""
+        p, last = self.problem, []
+        rows = trace.prefix.fork(p.routing.num_branches)
+        energies = TrajectoryEnergies(len(rows), device=p.device)
+        for i, first in enumerate(p.blocks()):
+            context = self._normal(rows)
+            for step, sigma in enumerate(SIGMAS):
+                x0 = self._x0(policy, first, sigma, context, trace.noisy[i][:, step])
+                energies.add(x0, trace.x0[i][:, step], WEIGHTS[step])
+            last.append(x0)
+            self._advance(policy, rows, first, context, x0)
+        return -energies.energies, last
+
+    def _accumulate(self, trace: Trace, last: list[Tensor], kappa: Tensor) -> None:
+        """Backward of one block-step at a time; contexts are remade, not kept since `_scores`."""
+        p, G = self.problem, self.problem.routing.num_branches
+        rows = trace.prefix.fork(G)
+        for i, first in enumerate(p.blocks()):
+            context = self._normal(rows)
+            for low in range(0, G, p.micro_batch):
+                some = slice(low, min(low + p.micro_batch, G))
+                slots = context.slots[some]
+                part = Context(slots, self.pool.routes(slots))
+                for step, sigma in enumerate(SIGMAS[:GRADIENT_STEPS]):
+                    x0 = self._x0(self.policy, first, sigma, part, trace.noisy[i][some, step])
+                    target = trace.x0[i][some, step]
+                    x0.backward(velocity_gradient(x0.detach(), target, WEIGHTS[step], kappa[some]))
+                del part
+            with torch.no_grad():
+                self._advance(self.policy, rows, first, context, last[i])
+
+    def _normal(self, rows: list[Timeline]) -> Context:
+        slots = [row.window(SINK, LOCAL) for row in rows]
+        return Context(slots, self.pool.routes(slots))
+
+    def _sample_block(
+        self, policy: Transformer, rows: list[Timeline], first: int, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        predict = lambda x, sigma: self._x0(policy, first, sigma, context, x)
+        inputs, predictions = self._denoise(first, len(rows), predict)
+        self._commit(policy, rows, first, context, predictions[-1])
+        return torch.stack(inputs, 1), torch.stack(predictions, 1)
+
+    def _advance(
+        self, policy: Transformer, rows: list[Timeline], first: int, context: Context, x0: Tensor
+    ) -> None:
+        """In a replay: the block becomes history, the oldest of the window goes."""
+        if first == self.problem.blocks()[-1]:
+            return
+        self._commit(policy, rows, first, context, x0)
+        for row in rows:
+            row.evict([*range(SINK), *range(first + 3 - LOCAL, first + 3)])
+
+    def _x0(
+        self, policy: Transformer, first: int, sigma: float, context: Context, x: Tensor
+    ) -> Tensor:
+        p, pool, grid = self.problem, self.pool, (3, *self.problem.size.grid)
+
+        def attend(layer: int, block: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k = qk_norm_rope(q, k, block.q_norm, block.k_norm, p.rope, first, grid=grid)
+            return routed_attention(q, pool.k(layer), pool.v(layer), context.table, k, v)
+
+        return x - sigma * policy(x, sigma, p.text, attend, p.checkpoint_layers)
+
+    def _commit(
+        self, policy: Transformer, rows: list[Timeline], first: int, context: Context, x0: Tensor
+    ) -> None:
+        """The context pass: keys and values go straight into their slots and are read there."""
+        p, pool, grid = self.problem, self.pool, (3, *self.problem.size.grid)
+        for row in rows:
+            row.append(3)
+        slots = pool.prepare_write(rows, first, 3)
+        own = [old + new for old, new in zip(context.slots, slots.tolist(), strict=True)]
+        with_block = RouteTable(own, pool.num_slots, pool.device)
+
+        def attend(layer: int, block: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            pools = {"k_pool": pool.k(layer), "v_pool": pool.v(layer), "slots": slots}
+            weights = (block.q_norm, block.k_norm)
+            q = qk_norm_rope_write(q, k, v, *weights, p.rope, first, grid=grid, **pools)
+            pool.mark_written(layer, slots)
+            return routed_attention(q, pool.k(layer), pool.v(layer), with_block)
+
+        policy(self._context_input(first, x0), 0.0, p.text, attend)
