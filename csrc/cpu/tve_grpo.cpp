@@ -15,24 +15,49 @@ constexpr int64_t kStreamBytes = 8 << 20;
 constexpr int kLanes = 64; // partial sums of a chunk, whatever the vector width
 constexpr int kVecs = kLanes / kWidth;
 
-template <typename T> float chunk_energy(const T* p, const T* t, int64_t n) {
+template <int kCount> struct Count {
+  static constexpr int value = kCount;
+};
+
+// Loads that go together, then their stores: malloc places tensors of whole pages 64 bytes apart
+// within a page, and a core takes a load for dependent on a store whose address ends in the same 12
+// bits.
+constexpr int kTogether = KVPO_ISA_LEVEL >= 2 ? 16 : kVecs;
+
+// Writes the differences to `kept` if it is not null.
+template <bool kKeep, typename T>
+float chunk_energy(const T* p, const T* t, [[maybe_unused]] T* kept, int64_t n) {
   Vec sum[kVecs];
   for (int j = 0; j < kVecs; ++j)
     sum[j] = zero();
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kVecs; ++j) {
-      const Vec d = sub(load(p + i + j * kWidth), load(t + i + j * kWidth));
-      sum[j] = fma(d, d, sum[j]);
+  const auto squares = [&](auto together) {
+    constexpr int kCount = decltype(together)::value;
+    for (; i + kCount * kWidth <= n; i += kCount * kWidth) {
+      Vec d[kCount];
+      for (int j = 0; j < kCount; ++j) {
+        d[j] = sub(load(p + i + j * kWidth), load(t + i + j * kWidth));
+        sum[j % kVecs] = fma(d[j], d[j], sum[j % kVecs]);
+      }
+      if constexpr (kKeep)
+        for (int j = 0; j < kCount; ++j)
+          store(kept + i + j * kWidth, d[j]);
     }
+  };
+  squares(Count<kTogether>());
+  squares(Count<kVecs>());
   for (int j = 0; i + kWidth <= n; i += kWidth, ++j) {
     const Vec d = sub(load(p + i), load(t + i));
     sum[j] = fma(d, d, sum[j]);
+    if constexpr (kKeep)
+      store(kept + i, d);
   }
   float rest = 0.0f;
   for (; i < n; ++i) {
     const float d = to_float(p[i]) - to_float(t[i]);
     rest += d * d;
+    if constexpr (kKeep)
+      from_float(kept[i], d);
   }
   for (int half = kVecs / 2; half > 0; half /= 2)
     for (int j = 0; j < half; ++j)
@@ -40,23 +65,24 @@ template <typename T> float chunk_energy(const T* p, const T* t, int64_t n) {
   return sum_lanes(sum[0]) + rest;
 }
 
-template <typename T>
+// With `kKept`, `out` holds the differences already.
+template <bool kKept, typename T>
 void chunk_gradient(const T* p, const T* t, float k, T* out, int64_t n, bool streaming) {
   int64_t i = 0;
   const auto one = [&](int64_t j) {
-    from_float(out[j], k == 0.0f ? 0.0f : (to_float(p[j]) - to_float(t[j])) * k);
+    const float d = kKept ? to_float(out[j]) : to_float(p[j]) - to_float(t[j]);
+    from_float(out[j], k == 0.0f ? 0.0f : d * k);
   };
   if (streaming)
     for (; i < n && reinterpret_cast<uintptr_t>(out + i) % 64 != 0; ++i)
       one(i);
   const Vec factor = broadcast(k);
-  const auto product = [&](int64_t j) { return mul(sub(load(p + j), load(t + j)), factor); };
+  const auto product = [&](int64_t j) {
+    return mul(kKept ? load(out + j) : sub(load(p + j), load(t + j)), factor);
+  };
   const auto put = [&](int64_t j, const Vec& v) {
     streaming ? stream(out + j, v) : store(out + j, v);
   };
-  // Many loads, then their stores: malloc places tensors of whole pages 64 bytes apart within a
-  // page, and a core takes a load for dependent on a store whose address ends in the same 12 bits.
-  constexpr int kTogether = 16;
   for (; k != 0.0f && i + kTogether * kWidth <= n; i += kTogether * kWidth) {
     Vec products[kTogether];
     for (int j = 0; j < kTogether; ++j)
@@ -83,21 +109,25 @@ Share share(int64_t tasks) {
   return {tasks * t / n, tasks * (t + 1) / n};
 }
 
+template <typename T> bool streams(const Trajectories& x) {
+  return x.branches * x.steps * x.numel * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+}
+
 // Waking a thread costs more than a few chunks.
 int thread_count(const Trajectories& x) {
   const int64_t useful = x.branches * x.steps * energy_chunks(x.numel) / 4 + 1;
   return static_cast<int>(min_of<int64_t>(max_of(x.threads, 1), useful));
 }
 
-template <typename T> void energies_of(const VelocityEnergy& a) {
+template <bool kKeep, typename T> void energies_of(const VelocityEnergy& a, void* kept = nullptr) {
   const Trajectories& x = a.trajectories;
   const int64_t chunks = energy_chunks(x.numel);
   const Share mine = share(x.branches * x.steps * chunks);
   for (int64_t u = mine.begin; u < mine.end; ++u) {
     const int64_t first = u % chunks * kEnergyChunk, at = u / chunks * x.numel + first;
-    a.partials[u] =
-        chunk_energy(static_cast<const T*>(x.pred) + at, static_cast<const T*>(x.target) + at,
-                     min_of(kEnergyChunk, x.numel - first));
+    a.partials[u] = chunk_energy<kKeep>(
+        static_cast<const T*>(x.pred) + at, static_cast<const T*>(x.target) + at,
+        kKeep ? static_cast<T*>(kept) + at : nullptr, min_of(kEnergyChunk, x.numel - first));
   }
 }
 
@@ -119,18 +149,19 @@ void sum_partials(const VelocityEnergy& a) {
 
 // Runs of chunks from the last to the first, so that what the energy pass read last is found in the
 // cache; upwards within a run, which is what the hardware prefetcher follows.
-template <typename T> void gradient_of(const VelocityGradient& a) {
+template <bool kKept, typename T> void gradient_of(const VelocityGradient& a) {
   constexpr int64_t kRun = 32;
   const Trajectories& x = a.trajectories;
   const int64_t chunks = energy_chunks(x.numel), rows = x.branches * x.steps;
-  const bool streaming = rows * x.numel * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+  const bool streaming = streams<T>(x);
   const Share mine = share(rows * chunks);
   for (int64_t end = mine.end; end > mine.begin; end -= kRun)
     for (int64_t u = max_of(end - kRun, mine.begin); u < end; ++u) {
       const int64_t row = u / chunks, first = u % chunks * kEnergyChunk, at = row * x.numel + first;
-      chunk_gradient(static_cast<const T*>(x.pred) + at, static_cast<const T*>(x.target) + at,
-                     static_cast<float>(a.coefficients[row]), static_cast<T*>(a.grad) + at,
-                     min_of(kEnergyChunk, x.numel - first), streaming);
+      chunk_gradient<kKept>(static_cast<const T*>(x.pred) + at,
+                            static_cast<const T*>(x.target) + at,
+                            static_cast<float>(a.coefficients[row]), static_cast<T*>(a.grad) + at,
+                            min_of(kEnergyChunk, x.numel - first), streaming);
     }
   if (streaming)
     stream_fence();
@@ -138,13 +169,13 @@ template <typename T> void gradient_of(const VelocityGradient& a) {
 
 template <typename T> void energy(const VelocityEnergy& a) {
 #pragma omp parallel num_threads(thread_count(a.trajectories))
-  energies_of<T>(a);
+  energies_of<false, T>(a);
   sum_partials(a);
 }
 
 template <typename T> void gradient(const VelocityGradient& a) {
 #pragma omp parallel num_threads(thread_count(a.trajectories))
-  gradient_of<T>(a);
+  gradient_of<false, T>(a);
 }
 
 // From energies to the coefficients of the gradient, through the policy loss. The score gradient is
@@ -164,10 +195,11 @@ void policy(const TveGrpo& a) {
                                         static_cast<double>(x.numel);
 }
 
-template <typename T> void fused(const TveGrpo& a) {
+// With `kKeep`, the differences wait in the gradient's memory for their coefficients.
+template <bool kKeep, typename T> void fused(const TveGrpo& a) {
 #pragma omp parallel num_threads(thread_count(a.energy.trajectories))
   {
-    energies_of<T>(a.energy);
+    energies_of<kKeep, T>(a.energy, a.grad);
 #pragma omp barrier
 #pragma omp single
     {
@@ -175,8 +207,14 @@ template <typename T> void fused(const TveGrpo& a) {
       policy(a);
     }
     if (a.grad)
-      gradient_of<T>({a.energy.trajectories, a.coefficients, a.grad});
+      gradient_of<kKeep, T>({a.energy.trajectories, a.coefficients, a.grad});
   }
+}
+
+// Keeping differences saves reading the inputs again, a fifth of the traffic, and costs writing
+// them once: it pays where the gradient stays in the cache, and 16 bits would round them.
+void fused_float(const TveGrpo& a) {
+  a.grad && !streams<float>(a.energy.trajectories) ? fused<true, float>(a) : fused<false, float>(a);
 }
 
 } // namespace
@@ -188,7 +226,7 @@ void velocity_gradient(const VelocityGradient& args) {
   args.trajectories.bfloat16 ? gradient<bf16>(args) : gradient<float>(args);
 }
 void tve_grpo(const TveGrpo& args) {
-  args.energy.trajectories.bfloat16 ? fused<bf16>(args) : fused<float>(args);
+  args.energy.trajectories.bfloat16 ? fused<false, bf16>(args) : fused_float(args);
 }
 
 } // namespace kvpo::cpu::KVPO_ISA
