@@ -13,6 +13,7 @@ from kvpo_kernels.history.frame_pool import Timeline as Timeline
 from kvpo_kernels.history.planning import HistoryRouting as HistoryRouting
 from kvpo_kernels.history.planning import RoutingPlan as RoutingPlan
 from kvpo_kernels.history.planning import plan_history_routing as plan_history_routing
+from kvpo_kernels.history.quantization import quantize_frames as quantize_frames
 from kvpo_kernels.history.route_table import RouteTable as RouteTable
 from kvpo_kernels.ops.advantages import anchor_advantages as anchor_advantages
 from kvpo_kernels.ops.advantages import fuse_advantages as fuse_advantages

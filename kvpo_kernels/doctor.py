@@ -33,6 +33,7 @@ TYPICAL: Final[dict[str, object]] = {
     "needs_grad": True,
     "capability": None,
     "aligned": True,
+    "page_dtype": None,
 }
 
 
@@ -43,8 +44,9 @@ def explain(op: str, **problem: object) -> dict[str, str | None]:
         op: "routed_attention", "norm_rope", "velocity_energy", "branch_policy_loss" or "tve_grpo".
         **problem: what the op's backends look at, the fields of its `Problem`: `device` ("cpu" or
             "cuda"), `dtype`, and for some ops `head_size` (D), `needs_grad`, `capability` (CUDA's,
-            `(major, minor)`) and `aligned`. What is left out is that of a typical call: float32 on
-            the CPU, heads of 128, with gradients; on "cuda", this machine's GPU.
+            `(major, minor)`), `aligned` and `page_dtype` (of a quantized pool). What is left out is
+            that of a typical call: float32 on the CPU, heads of 128, with gradients; on "cuda",
+            this machine's GPU.
 
     Returns:
         Backend name -> None where it can run, else the reason why not, in order of preference: the

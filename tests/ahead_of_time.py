@@ -34,6 +34,7 @@ TARGETS = {
 }
 # op, backend, head size, tokens of a frame
 PORTABLE = [("routed_attention", "triton", D, 1560) for D in (64, 128, 256)]
+PORTABLE += [(f"routed_attention {p}", "triton", 128, 1560) for p in ("int8", "float8_e4m3fn")]
 PORTABLE += [("tve_grpo", "triton", 0, 0), ("norm_rope", "triton", 128, 1560)]
 HOPPER = [("routed_attention", "gluon", D, T) for D in (64, 128) for T in (1560, 1350, 128)]
 
@@ -56,13 +57,22 @@ def call(op: str, backend: str, head_size: int, frame_tokens: int, kind: str) ->
         norm_rope.backward(x, x, x, x, *weights, *angles, 1e-6)
         return
     q, *live = (torch.empty(B, Q, H, head_size, dtype=dtype) for _ in range(3))
-    pools = [torch.empty(F, frame_tokens, H, head_size, dtype=dtype) for _ in range(2)]
+    _, _, page = op.partition(" ")
+    page_dtype, scales = (getattr(torch, page), torch.ones(F, H)) if page else (dtype, None)
+    pools = [torch.empty(F, frame_tokens, H, head_size, dtype=page_dtype) for _ in range(2)]
     slots = torch.empty(B, R, dtype=torch.int32)
-    launches = configs.launches(kind, head_size, dtype.itemsize)
+    launches = configs.launches(kind, head_size, dtype.itemsize, bool(page))
     launcher = {"triton": portable, "gluon": gluon}[backend]
-    with mock.patch.object(portable, "_launches", return_value=launches):
-        out, lse = launcher.forward(q, *pools, slots, *live, 0.1)
-        launcher.backward(out, q, *pools, slots, *live, out, lse, 0.1)
+    # Ada and later convert float8 themselves.
+    as_float8 = kind in ("sm_90", "sm_100")
+    pages = (lambda pool: pool) if as_float8 else portable._pages
+    with (
+        mock.patch.object(portable, "_launches", return_value=launches),
+        mock.patch.object(portable, "_pages", pages),
+    ):
+        inputs = (q, *pools, slots, *live, scales, scales)
+        out, lse = launcher.forward(*inputs, 0.1)
+        launcher.backward(out, *inputs, out, lse, 0.1)
 
 
 def compiled(

@@ -49,13 +49,13 @@ def test_kernels_compile_without_spills(target: str) -> None:
     problems = PORTABLE + (HOPPER if target == "sm_90" else [])
     for problem in problems:
         names = [r["kernel"] for r, p in zip(records, compiled, strict=True) if p == problem]
-        assert names == KERNELS[problem[0]], problem
+        assert names == KERNELS[problem[0].partition(" ")[0]], problem
     assert set(compiled) == set(problems)
     for r in records:
         assert r["spilled_bytes"] <= ACCEPTED_SPILLS.get((r["backend"], r["kernel"]), 0), r
         assert r["shared_bytes"] <= SHARED_BYTES[target] * 1024, r
         assert r["registers"] <= (512 if target == "gfx942" else 255), r
-        if r["op"] != "routed_attention":
+        if not r["op"].startswith("routed_attention"):
             continue
         assert r["matrix"] > 0, r
         if target in ("sm_90", "sm_100"):

@@ -32,9 +32,9 @@ def emulator() -> Iterator[None]:
 
 def of_gluon(case: RoutedCase, inputs: Inputs, sign: int = 1) -> Inputs:
     slots, scale = case.table().slots, sign * case.D**-0.5
-    out, lse = gluon.forward(*inputs[:3], slots, *inputs[3:], scale)
-    weight = output_weight(out)
-    return out, lse, *gluon.backward(weight, *inputs[:3], slots, *inputs[3:], out, lse, scale)
+    args = (*inputs[:3], slots, *inputs[3:], None, None)
+    out, lse = gluon.forward(*args, scale)
+    return out, lse, *gluon.backward(output_weight(out), *args, out, lse, scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])

@@ -232,7 +232,7 @@ def test_working_memory_is_bounded() -> None:
 def test_registration_is_sound(backend: str) -> None:
     case = BY_NAME["ragged"]
     q, k_pool, v_pool, k_live, v_live = (t.nan_to_num() for t in case.inputs())
-    args = (q, k_pool, v_pool, case.table().slots, k_live, v_live)
+    args = (q, k_pool, v_pool, case.table().slots, k_live, v_live, None, None)
     ops = torch.ops.kvpo
     out, lse = ops.routed_attention_forward(*args, 0.5, backend)
     torch.library.opcheck(ops.routed_attention_forward.default, (*args, 0.5, backend))
@@ -315,7 +315,7 @@ def test_meta_tensors_have_the_right_shapes() -> None:
     q, pool = torch.empty(2, 5, 4, 16, device="meta"), torch.empty(3, 7, 2, 16, device="meta")
     slots, live = torch.empty(2, 1, dtype=torch.int32, device="meta"), q[:, :0, :2]
     forward = torch.ops.kvpo.routed_attention_forward
-    out, lse = forward(q, pool, pool, slots, live, live, 0.5, "cpu")
+    out, lse = forward(q, pool, pool, slots, live, live, None, None, 0.5, "cpu")
     assert out.shape == q.shape and out.is_contiguous() and lse.shape == (2, 4, 5)
 
 

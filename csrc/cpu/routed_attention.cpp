@@ -55,7 +55,8 @@ template <typename T> struct Chunk {
   const T *k, *v;
   int64_t k_token, v_token; // strides in elements
   int keys;
-  int64_t live; // index of the first among the row's live tokens; -1 for a routed frame
+  int64_t live;           // index of the first among the row's live tokens; -1 for a routed frame
+  float k_scale, v_scale; // what the keys and values still have to be multiplied by
 };
 
 // Keys per chunk of a frame: balanced, so that the last one is not short, and whole tiles, which
@@ -73,7 +74,7 @@ KVPO_INLINE void for_chunks_of(Chunk<T> frame, int64_t tokens, bool live, Visit&
   for (int64_t first = 0; first < tokens; first += keys)
     visit(Chunk<T>{frame.k + first * frame.k_token, frame.v + first * frame.v_token, frame.k_token,
                    frame.v_token, static_cast<int>(min_of<int64_t>(keys, tokens - first)),
-                   live ? first : -1});
+                   live ? first : -1, frame.k_scale, frame.v_scale});
 }
 
 template <typename T, typename Visit>
@@ -85,23 +86,68 @@ KVPO_INLINE void for_live_chunks(const Forward& a, int64_t row, int64_t kv_head,
                       a.k_live.token,
                       a.v_live.token,
                       0,
-                      0};
+                      0,
+                      1.0f,
+                      1.0f};
   for_chunks_of(live, a.shape.live_tokens, true, visit);
 }
 
+// Values of a quantized page are few enough to be exact in T; its scale is applied to the scores
+// and to the weights instead, of which there are fewer.
+template <typename T, typename P>
+KVPO_INLINE void widen(const P* from, int64_t token, int keys, int head_size, T* to) {
+  for (int t = 0; t < keys; ++t)
+    for (int d = 0; d < head_size; d += kWidth)
+      store(to + t * head_size + d, load(from + t * token + d));
+}
+
+template <typename P, typename T, typename Visit>
+KVPO_INLINE void for_quantized_chunks(const Forward& a, int64_t slot, int64_t kv_head, T* k, T* v,
+                                      Visit&& visit) {
+  const int head_size = static_cast<int>(a.shape.head_size);
+  const int64_t scale = slot * a.shape.kv_heads + kv_head;
+  const Chunk<P> frame{vector_at<P>(a.k_pool, slot, 0, kv_head),
+                       vector_at<P>(a.v_pool, slot, 0, kv_head),
+                       a.k_pool.token,
+                       a.v_pool.token,
+                       0,
+                       -1,
+                       a.k_scales[scale],
+                       a.v_scales[scale]};
+  for_chunks_of(frame, a.shape.frame_tokens, false, [&](const Chunk<P>& chunk) {
+    widen(chunk.k, chunk.k_token, chunk.keys, head_size, k);
+    widen(chunk.v, chunk.v_token, chunk.keys, head_size, v);
+    visit(Chunk<T>{k, v, head_size, head_size, chunk.keys, -1, chunk.k_scale, chunk.v_scale});
+  });
+}
+
+// `k_page` and `v_page` are scratch of a quantized pool's chunk, [keys, D] of T.
 template <typename T, typename Visit>
-KVPO_INLINE void for_routed_chunks(const Forward& a, int64_t row, int64_t kv_head, Visit&& visit) {
+KVPO_INLINE void for_routed_chunks(const Forward& a, int64_t row, int64_t kv_head, float* k_page,
+                                   float* v_page, Visit&& visit) {
   const Shape& s = a.shape;
+  T* const k = reinterpret_cast<T*>(k_page);
+  T* const v = reinterpret_cast<T*>(v_page);
   for (int64_t r = 0; r < s.routed; ++r) {
     const int64_t slot = a.slots[row * s.routed + r];
     if (slot < 0 || slot >= s.slots)
       continue; // padding, or a table written to behind our back: never out of bounds
+    if (a.page == Page::kInt8) {
+      for_quantized_chunks<int8_t>(a, slot, kv_head, k, v, visit);
+      continue;
+    }
+    if (a.page == Page::kFloat8) {
+      for_quantized_chunks<fp8>(a, slot, kv_head, k, v, visit);
+      continue;
+    }
     const Chunk<T> frame{vector_at<T>(a.k_pool, slot, 0, kv_head),
                          vector_at<T>(a.v_pool, slot, 0, kv_head),
                          a.k_pool.token,
                          a.v_pool.token,
                          0,
-                         -1};
+                         -1,
+                         1.0f,
+                         1.0f};
     for_chunks_of(frame, s.frame_tokens, false, visit);
   }
 }
@@ -235,8 +281,9 @@ struct ForwardScratch {
   float *q, *out;         // [elements, columns], [D, columns]
   float *weights, *pairs; // [keys, columns]; the weights as bf16 pairs along the keys
   float *k, *v;           // chunks that cannot be read in place
+  float *k_page, *v_page; // chunks of a quantized pool
 
-  static ForwardScratch carve(Carver& from, int head_size) {
+  static ForwardScratch carve(Carver& from, int head_size, bool quantized) {
     const size_t columns = kTileColumns, d = static_cast<size_t>(head_size);
     ForwardScratch s;
     s.q = from.floats(d * columns);
@@ -245,6 +292,8 @@ struct ForwardScratch {
     s.pairs = from.floats(kChunkKeys / 2 * columns);
     s.k = from.floats(kChunkKeys * d);
     s.v = from.floats(kChunkKeys * d);
+    s.k_page = quantized ? from.floats(kChunkKeys * d) : nullptr;
+    s.v_page = quantized ? from.floats(kChunkKeys * d) : nullptr;
     return s;
   }
 };
@@ -260,11 +309,16 @@ struct RunningSoftmax {
   alignas(64) float sum[kTileColumns];
 };
 
-// Turns the scores of a chunk into weights, rescaling `out` where the largest score has grown.
-template <Element kElement>
-KVPO_INLINE void weigh_chunk(float factor, int keys, int vecs, int head_size, float* weights,
-                             [[maybe_unused]] float* pairs, float* out, RunningSoftmax& softmax) {
+// Turns the scores of a chunk into weights, rescaling `out` where the largest score has grown. With
+// kScaled the weights are multiplied by `v_scale` once they have been summed.
+template <Element kElement, bool kScaled>
+KVPO_INLINE void weigh_chunk(float factor, [[maybe_unused]] float v_scale, int keys, int vecs,
+                             int head_size, float* weights, [[maybe_unused]] float* pairs,
+                             float* out, RunningSoftmax& softmax) {
   const Vec scale = broadcast(factor);
+  const auto scaled = [of_values = broadcast(v_scale)](const Vec& weight) {
+    return kScaled ? mul(weight, of_values) : weight;
+  };
   for (int column = 0; column < vecs * kWidth; column += kWidth) {
     float* w = weights + column;
     Vec largest = load(w), other = largest;
@@ -299,22 +353,22 @@ KVPO_INLINE void weigh_chunk(float factor, int keys, int vecs, int head_size, fl
       odd = add(odd, b);
 #if KVPO_ISA_LEVEL >= 3
       if (kElement == Element::kBf16Pair) {
-        store(pairs + t / 2 * kTileColumns + column, round_to_pairs(a, b));
+        store(pairs + t / 2 * kTileColumns + column, round_to_pairs(scaled(a), scaled(b)));
         continue;
       }
 #endif
-      store(w + t * kTileColumns, a);
-      store(w + (t + 1) * kTileColumns, b);
+      store(w + t * kTileColumns, scaled(a));
+      store(w + (t + 1) * kTileColumns, scaled(b));
     }
     if (t < keys) {
       const Vec a = exp2(fma(load(w + t * kTileColumns), scale, shift));
       even = add(even, a);
 #if KVPO_ISA_LEVEL >= 3
       if (kElement == Element::kBf16Pair)
-        store(pairs + t / 2 * kTileColumns + column, round_to_pairs(a, zero()));
+        store(pairs + t / 2 * kTileColumns + column, round_to_pairs(scaled(a), zero()));
       else
 #endif
-        store(w + t * kTileColumns, a);
+        store(w + t * kTileColumns, scaled(a));
     }
     store(softmax.sum + column, add(sum, add(even, odd)));
   }
@@ -338,18 +392,23 @@ KVPO_INLINE void forward_block(const Forward& a, const QueryBlock& block,
     const Broadcasts v_rows{chunk.v, static_cast<ptrdiff_t>(chunk.v_token * sizeof(T))};
     product<false, kElement, Packed::kSteps>(chunk.keys, vecs, steps_of<kElement>(head_size), k,
                                              my.q, kTileColumns, my.weights, kTileColumns, v_rows);
-    if (a.scale < 0) // so that the largest score has the largest weight
+    const float chunk_factor = factor * __builtin_fabsf(chunk.k_scale);
+    if (a.scale * chunk.k_scale < 0) // so that the largest score has the largest weight
       for (int i = 0; i < chunk.keys * kTileColumns; i += kWidth)
         store(my.weights + i, sub(zero(), load(my.weights + i)));
-    weigh_chunk<kElement>(factor, chunk.keys, vecs, head_size, my.weights, my.pairs, my.out,
-                          softmax);
+    if (chunk.v_scale == 1.0f)
+      weigh_chunk<kElement, false>(chunk_factor, 1.0f, chunk.keys, vecs, head_size, my.weights,
+                                   my.pairs, my.out, softmax);
+    else
+      weigh_chunk<kElement, true>(chunk_factor, chunk.v_scale, chunk.keys, vecs, head_size,
+                                  my.weights, my.pairs, my.out, softmax);
     const Broadcasts v = along_keys<kElement>(chunk.v, chunk.v_token, chunk.keys, head_size, my.v);
     const float* weights = kElement == Element::kBf16Pair ? my.pairs : my.weights;
     product<true, kElement, Packed::kRows>(head_size, vecs, steps_of<kElement>(chunk.keys), v,
                                            weights, kTileColumns, my.out, kTileColumns);
   };
   const int64_t kv_head = block.head / (s.heads / s.kv_heads);
-  for_routed_chunks<T>(a, block.row, kv_head, attend);
+  for_routed_chunks<T>(a, block.row, kv_head, my.k_page, my.v_page, attend);
   for_live_chunks<T>(a, block.row, kv_head, attend);
 
   float* lse = a.lse + (block.row * s.heads + block.head) * s.queries + block.first;
@@ -367,14 +426,15 @@ template <typename T, Element kElement> void forward(const Forward& a) {
   const Shape& s = a.shape;
   const int64_t blocks = ceil_div(s.queries, kTileColumns);
   const int head_size = static_cast<int>(s.head_size);
+  const bool quantized = a.page != Page::kAsQueries;
   Carver measure{nullptr, 0};
-  ForwardScratch::carve(measure, head_size);
+  ForwardScratch::carve(measure, head_size, quantized);
   // Heads outermost: rows that share frames then follow each other, and find them in cache.
   run_tasks(s.rows * s.heads * blocks, a.threads, measure.used, [&](int64_t task, char* scratch) {
     Carver carver{scratch, 0};
     const QueryBlock block =
         query_block(s, task / blocks % s.rows, task / blocks / s.rows, task % blocks);
-    forward_block<T, kElement>(a, block, ForwardScratch::carve(carver, head_size));
+    forward_block<T, kElement>(a, block, ForwardScratch::carve(carver, head_size, quantized));
   });
 }
 
@@ -388,9 +448,10 @@ struct BackwardScratch {
   float* grad_pairs;              // the latter as bf16 pairs along the keys
   float *weight_rows, *grad_rows; // [keys, columns] bf16: pairs along the queries
   float *k, *v, *k_pairs;         // chunks that cannot be read in place
+  float *k_page, *v_page;         // chunks of a quantized pool
   float *k_sums, *v_sums;         // [live block, D]
 
-  static BackwardScratch carve(Carver& from, int head_size, int64_t live_block,
+  static BackwardScratch carve(Carver& from, int head_size, bool quantized, int64_t live_block,
                                int64_t query_blocks) {
     const size_t columns = kTileColumns, d = static_cast<size_t>(head_size);
     BackwardScratch s;
@@ -407,6 +468,8 @@ struct BackwardScratch {
     s.k = from.floats(kChunkKeys * d);
     s.v = from.floats(kChunkKeys * d);
     s.k_pairs = from.floats(kChunkKeys / 2 * d);
+    s.k_page = quantized ? from.floats(kChunkKeys * d) : nullptr;
+    s.v_page = quantized ? from.floats(kChunkKeys * d) : nullptr;
     s.k_sums = from.floats(static_cast<size_t>(live_block) * d);
     s.v_sums = from.floats(static_cast<size_t>(live_block) * d);
     return s;
@@ -421,19 +484,24 @@ struct QueryState {
 
 // weights <- 2^(scores + shift); grads <- weights * (grads - dot), the gradient of the scaled
 // scores. Pairs go to `grad_pairs` for grad_q and to the rows for grad_k and grad_v, if these are
-// wanted.
-template <Element kElement>
-KVPO_INLINE void weigh_gradients(float factor, int keys, int vecs,
+// wanted. With kScaled, grads come without `v_scale` and go with `k_scale`.
+template <Element kElement, bool kScaled>
+KVPO_INLINE void weigh_gradients(float factor, [[maybe_unused]] float k_scale,
+                                 [[maybe_unused]] float v_scale, int keys, int vecs,
                                  [[maybe_unused]] bool for_queries, [[maybe_unused]] bool for_live,
                                  const QueryState& state, const BackwardScratch& my) {
   const Vec scale = broadcast(factor);
+  [[maybe_unused]] const Vec of_keys = broadcast(k_scale), of_values = broadcast(v_scale);
   for (int column = 0; column < vecs * kWidth; column += kWidth) {
     const Vec shift = load(state.shift + column), dot = load(state.dot + column);
     const auto weight = [&](int t) {
       return exp2(fma(load(my.weights + t * kTileColumns + column), scale, shift));
     };
     const auto gradient = [&](int t, Vec w) {
-      return mul(w, sub(load(my.grads + t * kTileColumns + column), dot));
+      const Vec grad = load(my.grads + t * kTileColumns + column);
+      if (kScaled)
+        return mul(mul(w, of_keys), sub(mul(grad, of_values), dot));
+      return mul(w, sub(grad, dot));
     };
 #if KVPO_ISA_LEVEL >= 3
     if (kElement == Element::kBf16Pair) {
@@ -541,7 +609,12 @@ KVPO_INLINE void backward_block(const Backward& b, const QueryBlock& block, Quer
                                              my.weights, kTileColumns);
     product<false, kElement, Packed::kSteps>(chunk.keys, vecs, head_steps, v, my.grad_out,
                                              kTileColumns, my.grads, kTileColumns);
-    weigh_gradients<kElement>(factor, chunk.keys, vecs, for_queries, sums, state, my);
+    if (chunk.k_scale == 1.0f && chunk.v_scale == 1.0f)
+      weigh_gradients<kElement, false>(factor, 1.0f, 1.0f, chunk.keys, vecs, for_queries, sums,
+                                       state, my);
+    else
+      weigh_gradients<kElement, true>(factor * chunk.k_scale, chunk.k_scale, chunk.v_scale,
+                                      chunk.keys, vecs, for_queries, sums, state, my);
     constexpr bool kPairs = kElement == Element::kBf16Pair;
     if (for_queries) {
       const Broadcasts k_columns =
@@ -566,7 +639,7 @@ KVPO_INLINE void backward_block(const Backward& b, const QueryBlock& block, Quer
   };
   const int64_t kv_head = block.head / (s.heads / s.kv_heads);
   if (for_queries && grad_q.first)
-    for_routed_chunks<T>(a, block.row, kv_head, differentiate);
+    for_routed_chunks<T>(a, block.row, kv_head, my.k_page, my.v_page, differentiate);
   for_live_chunks<T>(a, block.row, kv_head, differentiate);
   if (for_queries && grad_q.last) {
     fill(state.dot, kTileColumns, a.scale);
@@ -629,14 +702,16 @@ template <typename T, Element kElement> void backward(const Backward& b) {
   const int64_t query_tasks = shared ? 0 : s.rows * s.heads * query_blocks;
   const int64_t kept = shared ? owned : 1;
   Carver measure{nullptr, 0};
-  BackwardScratch::carve(measure, head_size, live_block, kept);
+  const bool quantized = a.page != Page::kAsQueries;
+  BackwardScratch::carve(measure, head_size, quantized, live_block, kept);
   const auto live = [&](int64_t owner, int64_t first, const BackwardScratch& my) {
     backward_live<T, kElement>(b, owner % s.rows, owner / s.rows, first,
                                min_of<int64_t>(first + live_block, s.live_tokens), shared, my);
   };
   const auto task = [&](int64_t index, char* scratch) {
     Carver carver{scratch, 0};
-    const BackwardScratch my = BackwardScratch::carve(carver, head_size, live_block, kept);
+    const BackwardScratch my =
+        BackwardScratch::carve(carver, head_size, quantized, live_block, kept);
     if (shared) {
       for (int64_t i = 0; i < live_blocks; ++i)
         live(index, i * live_block, my);

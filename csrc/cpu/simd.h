@@ -22,6 +22,9 @@ using bf16 = uint16_t; // the bits of a bfloat16
 struct fp16 {          // the bits of an IEEE half, a type of its own so that overloads differ
   uint16_t bits;
 };
+struct fp8 { // the bits of a float8_e4m3fn: no infinity, NaN is all ones
+  uint8_t bits;
+};
 
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kInf = __builtin_inff();
@@ -74,6 +77,12 @@ KVPO_INLINE float to_float(fp16 x) {
       special ? rest | 0x7f800000u : float_to_bits(bits_to_float(rest) * 0x1p112f);
   return bits_to_float(sign | magnitude);
 }
+// The same bits, four to the left and seen as a half, are the value times 2^-8.
+KVPO_INLINE float to_float(fp8 x) {
+  const uint16_t half = static_cast<uint16_t>((x.bits & 0x80u) << 8 | (x.bits & 0x7fu) << 7);
+  const float value = to_float(fp16{half}) * 256.0f;
+  return (x.bits & 0x7fu) == 0x7fu ? bits_to_float(0x7fc00000u) : value;
+}
 KVPO_INLINE void from_float(fp16& to, float x) { // round to nearest even; NaN stays NaN
   const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
   uint32_t half;
@@ -117,6 +126,21 @@ KVPO_INLINE void store(bf16* p, Vec v) {
 }
 KVPO_INLINE Vec load(const fp16* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+KVPO_INLINE Vec load(const int8_t* p) {
+  return _mm512_cvtepi32_ps(
+      _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+KVPO_INLINE Vec
+load(const fp8* p) { // as `to_float`; a half's conversion takes subnormals as they are
+  const __m256i raw = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i size = _mm256_and_si256(raw, _mm256_set1_epi16(0x7f));
+  const __m256i sign = _mm256_slli_epi16(_mm256_srli_epi16(raw, 7), 15);
+  const __m256i half = _mm256_or_si256(sign, _mm256_slli_epi16(size, 7));
+  const __m256i nan = _mm256_cmpeq_epi16(size, _mm256_set1_epi16(0x7f));
+  const __m512 value = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+  return _mm512_castsi512_ps(
+      _mm512_or_si512(_mm512_castps_si512(value), _mm512_cvtepi16_epi32(nan)));
 }
 KVPO_INLINE void store(fp16* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
@@ -239,6 +263,20 @@ KVPO_INLINE void store(bf16* p, Vec v) {
 KVPO_INLINE Vec load(const fp16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+KVPO_INLINE Vec load(const int8_t* p) {
+  return _mm256_cvtepi32_ps(
+      _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+KVPO_INLINE Vec
+load(const fp8* p) { // as `to_float`; a half's conversion takes subnormals as they are
+  const __m128i raw = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i size = _mm_and_si128(raw, _mm_set1_epi16(0x7f));
+  const __m128i sign = _mm_slli_epi16(_mm_srli_epi16(raw, 7), 15);
+  const __m128i half = _mm_or_si128(sign, _mm_slli_epi16(size, 7));
+  const __m128i nan = _mm_cmpeq_epi16(size, _mm_set1_epi16(0x7f));
+  const __m256 value = _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
+  return _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_cvtepi16_epi32(nan)));
+}
 KVPO_INLINE void store(fp16* p, Vec v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -328,6 +366,12 @@ KVPO_INLINE void store(bf16* p, const Vec& v) {
     from_float(p[i], v.lane[i]);
 }
 KVPO_INLINE Vec load(const fp16* p) {
+  return each([&](int i) { return to_float(p[i]); });
+}
+KVPO_INLINE Vec load(const int8_t* p) {
+  return each([&](int i) { return static_cast<float>(p[i]); });
+}
+KVPO_INLINE Vec load(const fp8* p) {
   return each([&](int i) { return to_float(p[i]); });
 }
 KVPO_INLINE void store(fp16* p, const Vec& v) {

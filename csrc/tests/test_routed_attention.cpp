@@ -42,6 +42,32 @@ struct Problem {
   }
 };
 
+// A quantized pool, and in `values` what it stands for. Nobody names frame 1: its scale is NaN.
+struct Pages {
+  std::vector<uint8_t> codes = std::vector<uint8_t>(F * T * kOne);
+  std::vector<float> scales, values;
+
+  Pages(kvpo::Page page, int seed) : values(Problem::values(F * T, seed)) {
+    for (int64_t i = 0; i < F * H; ++i)
+      scales.push_back(i / H == 1 ? NAN : (i % 2 ? -0.002f : 0.003f) * static_cast<float>(1 + i));
+    for (size_t i = 0; i < codes.size(); ++i) {
+      const auto code = static_cast<uint8_t>(37 * i + static_cast<size_t>(seed));
+      const bool nan = page == kvpo::Page::kFloat8 && (code & 0x7f) == 0x7f;
+      codes[i] = nan ? 0 : code;
+      const size_t head = i / D % H, frame = i / (T * kOne);
+      values[i] = value(page, codes[i]) * scales[frame * H + head];
+    }
+  }
+  static float value(kvpo::Page page, uint8_t code) {
+    if (page == kvpo::Page::kInt8)
+      return static_cast<float>(static_cast<int8_t>(code));
+    const int exponent = code >> 3 & 15, mantissa = code & 7;
+    const float size = exponent ? std::ldexp(8.0f + static_cast<float>(mantissa), exponent - 10)
+                                : std::ldexp(static_cast<float>(mantissa), -9);
+    return code & 0x80 ? -size : size;
+  }
+};
+
 struct Results {
   std::vector<double> out = std::vector<double>(B * Q * kOne), lse = std::vector<double>(B * H * Q);
   std::vector<double> grad_q = out, grad_k = std::vector<double>(B * L * kOne), grad_v = grad_k;
@@ -96,22 +122,34 @@ bool close(const char* what, const std::vector<float>& actual,
   return true;
 }
 
-bool agrees(const Problem& p, float scale, int threads) {
+bool agrees(Problem p, kvpo::Page page, float scale, int threads) {
+  const Pages k_pages(page, 2), v_pages(page, 3);
+  const bool quantized = page != kvpo::Page::kAsQueries;
+  if (quantized) {
+    p.k_pool = k_pages.values;
+    p.v_pool = v_pages.values;
+  }
   std::vector<float> out(B * Q * kOne, NAN), lse(B * H * Q, NAN), grad_q = out;
   std::vector<float> grad_k(B * L * kOne, NAN), grad_v = grad_k;
   const auto vectors = [](const std::vector<float>& x, int64_t tokens) {
     return kvpo::HeadVectors{x.data(), tokens * kOne, kOne, D};
   };
+  const auto pool = [&](const std::vector<float>& x, const Pages& pages) {
+    return quantized ? kvpo::HeadVectors{pages.codes.data(), T * kOne, kOne, D} : vectors(x, T);
+  };
   kvpo::RoutedAttentionBackward b{};
   b.forward = {{B, Q, H, H, D, F, T, 2, L},
                kvpo::Float::kFloat32,
+               page,
                scale,
                threads,
                vectors(p.q, Q),
-               vectors(p.k_pool, T),
-               vectors(p.v_pool, T),
+               pool(p.k_pool, k_pages),
+               pool(p.v_pool, v_pages),
                vectors(p.k_live, L),
                vectors(p.v_live, L),
+               k_pages.scales.data(),
+               v_pages.scales.data(),
                &kSlots[0][0],
                out.data(),
                lse.data()};
@@ -135,9 +173,10 @@ int main() {
   bool ok = true;
   for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
     kvpo::cpu::set_isa_limit(isa);
-    for (float scale : {0.2f, -0.3f})
-      for (int threads : {1, 3})
-        ok = agrees(p, scale, threads) && ok;
+    for (kvpo::Page page : {kvpo::Page::kAsQueries, kvpo::Page::kInt8, kvpo::Page::kFloat8})
+      for (float scale : {0.2f, -0.3f})
+        for (int threads : {1, 3})
+          ok = agrees(p, page, scale, threads) && ok;
   }
   std::printf("%s\n", ok ? "passed" : "failed");
   return ok ? 0 : 1;

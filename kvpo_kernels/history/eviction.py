@@ -121,6 +121,7 @@ def frame_attention_mass(
     table: RouteTable,
     lse: Tensor,
     *,
+    k_scales: Tensor | None = None,
     scale: float | None = None,
     queries: int = 64,
 ) -> Tensor:
@@ -136,6 +137,7 @@ def frame_attention_mass(
         k_pool: `[F, T, Hkv, D]`.
         table: B rows of slots.
         lse: `[B, H, Q]`, natural log.
+        k_scales: `[F, Hkv]`, of a quantized pool.
         scale: `D ** -0.5` if None.
         queries: how many are looked at, evenly spaced; all where Q is smaller.
 
@@ -159,7 +161,7 @@ def frame_attention_mass(
     total = lse[:, :, picked].float()
     mass = []
     for slots in table.slots.unbind(1):
-        keys = k_pool[slots.clamp_min(0).long()].float()
+        keys = _frames(k_pool, k_scales, slots.clamp_min(0).long())
         keys = keys.repeat_interleave(H // keys.shape[2], dim=2)
         logits = torch.einsum("bqhd,bthd->bhqt", some, keys)
         share = (logits.logsumexp(-1) - total).exp().mean((1, 2))
@@ -168,7 +170,9 @@ def frame_attention_mass(
 
 
 @torch.no_grad()
-def text_relevance(text_k: Tensor, k_pool: Tensor, slots: Iterable[int]) -> Tensor:
+def text_relevance(
+    text_k: Tensor, k_pool: Tensor, slots: Iterable[int], *, k_scales: Tensor | None = None
+) -> Tensor:
     r"""How well frames match a prompt: the score by which MemFlow's bank keeps its frames.
 
         score[n] = mean over l, h, t of  text_k[l, h] . k[slot n, t, h] / sqrt(D)
@@ -177,6 +181,7 @@ def text_relevance(text_k: Tensor, k_pool: Tensor, slots: Iterable[int]) -> Tens
         text_k: `[L, H, D]`, the prompt's keys of the cross-attention.
         k_pool: `[F, T, H, D]`.
         slots: of the frames.
+        k_scales: `[F, H]`, of a quantized pool.
 
     Returns:
         `[number of slots]` float32.
@@ -187,10 +192,16 @@ def text_relevance(text_k: Tensor, k_pool: Tensor, slots: Iterable[int]) -> Tens
     if text_k.ndim != 3 or k_pool.ndim != 4 or text_k.shape[1:] != k_pool.shape[2:]:
         raise ShapeError(f"text_k {list(text_k.shape)} does not fit k_pool {list(k_pool.shape)}")
     index = torch.tensor(list(slots), dtype=torch.int64, device=k_pool.device)
-    frames = k_pool[index].float().mean(1)  # the score is linear: means first
+    frames = _frames(k_pool, k_scales, index).mean(1)  # the score is linear: means first
     H, D = text_k.shape[1:]
     score: Tensor = torch.einsum("hd,nhd->n", text_k.float().mean(0), frames) / (H * D**0.5)
     return score
+
+
+def _frames(pool: Tensor, scales: Tensor | None, slots: Tensor) -> Tensor:
+    """`[n, T, H, D]` float32."""
+    frames = pool.view(torch.uint8)[slots].view(pool.dtype) if scales is not None else pool[slots]
+    return frames.float() if scales is None else frames.float() * scales[slots][:, None, :, None]
 
 
 def _at_least(name: str, value: int, limit: int) -> None:

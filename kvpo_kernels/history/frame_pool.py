@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvpo_kernels.errors import DtypeError, PoolError, ShapeError
 from kvpo_kernels.history.eviction import EvictionPolicy
+from kvpo_kernels.history.quantization import LARGEST, store_frames
 from kvpo_kernels.history.route_table import RouteTable, Rows
 
 
@@ -45,9 +46,14 @@ class FramePool:
         num_heads: key/value heads.
         head_dim: D.
         dtype, device: of the keys and values.
+        page_dtype: torch.int8 or torch.float8_e4m3fn for a quantized history: half the memory of
+            16 bits. Frames are rounded when they are written (`quantize_frames`) and
+            `routed_attention` reads them as they are, with `k_scales` and `v_scales`. None keeps
+            `dtype`.
 
     Memory is `2 * num_layers * num_slots * frame_tokens * num_heads * head_dim` elements, taken
-    once. References are counted on the host; no method synchronises a device.
+    once, and where it is quantized 4 bytes per frame, layer and head, twice. References are counted
+    on the host; no method synchronises a device.
     """
 
     def __init__(
@@ -59,7 +65,10 @@ class FramePool:
         head_dim: int,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
+        page_dtype: torch.dtype | None = None,
     ) -> None:
+        if page_dtype is not None and page_dtype not in LARGEST:
+            raise DtypeError(f"page_dtype must be None or of {list(LARGEST)}, got {page_dtype}")
         sizes = {
             "num_slots": num_slots,
             "frame_tokens": frame_tokens,
@@ -75,9 +84,21 @@ class FramePool:
         self.num_layers = num_layers
         self.num_heads = num_heads
         self.head_dim = head_dim
+        self.dtype = dtype
+        """Of the frames that are written."""
         self._storage = torch.zeros(
-            2, num_layers, num_slots, frame_tokens, num_heads, head_dim, dtype=dtype, device=device
+            2,
+            num_layers,
+            num_slots,
+            frame_tokens,
+            num_heads,
+            head_dim,
+            dtype=page_dtype or dtype,
+            device=device,
         )
+        self._scales: Tensor | None = None
+        if page_dtype is not None:
+            self._scales = torch.ones(2, num_layers, num_slots, num_heads, device=device)
         self._all_layers = (1 << num_layers) - 1
         self._timeline_refs = [0] * num_slots
         self._table_refs = [0] * num_slots
@@ -92,11 +113,6 @@ class FramePool:
         self._dropped_tables: deque[set[int]] = deque()
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of keys and values."""
-        return self._storage.dtype
-
-    @property
     def device(self) -> torch.device:
         """Of keys and values."""
         return self._storage.device
@@ -108,6 +124,14 @@ class FramePool:
     def v(self, layer: int) -> Tensor:
         """The values of a layer, a view `[F, T, H, D]`."""
         return self._storage[1, layer]
+
+    def k_scales(self, layer: int) -> Tensor | None:
+        """The scales of a layer's keys, a view `[F, H]` float32; None in a pool of plain frames."""
+        return None if self._scales is None else self._scales[0, layer]
+
+    def v_scales(self, layer: int) -> Tensor | None:
+        """As `k_scales`, of the values."""
+        return None if self._scales is None else self._scales[1, layer]
 
     def timeline(self) -> "Timeline":
         """An empty timeline."""
@@ -204,7 +228,8 @@ class FramePool:
                 result.append(row)
             for _, _, old, new in moves:
                 if self._written[old]:
-                    self._storage[:, :, new].copy_(self._storage[:, :, old])
+                    for tensor in self._tensors():
+                        tensor[:, :, new].copy_(tensor[:, :, old])
             for timeline, frame, old, new in moves:
                 self._take()  # `new`, in the order in which they were named above
                 self._timeline_refs[old] -= 1
@@ -238,9 +263,8 @@ class FramePool:
                     f" {tensor.dtype} on {tensor.device}"
                 )
         index = slots.reshape(-1).to(self.device)
-        with torch.no_grad():
-            self.k(layer)[index] = k.reshape(B * frames, *page)
-            self.v(layer)[index] = v.reshape(B * frames, *page)
+        store_frames(self.k(layer), self.k_scales(layer), index, k.reshape(B * frames, *page))
+        store_frames(self.v(layer), self.v_scales(layer), index, v.reshape(B * frames, *page))
         self.mark_written(layer, slots)
 
     def mark_written(self, layer: int, slots: Tensor) -> None:
@@ -260,11 +284,15 @@ class FramePool:
                 shared_slots=sum(self._references(s) > 1 for s in range(self.num_slots)),
                 timeline_slots=sum(n > 0 for n in self._timeline_refs),
                 table_slots=sum(n > 0 for n in self._table_refs),
-                bytes=self._storage.nbytes,
-                slot_bytes=self._storage.nbytes // self.num_slots,
+                bytes=sum(t.nbytes for t in self._tensors()),
+                slot_bytes=sum(t.nbytes for t in self._tensors()) // self.num_slots,
                 peak_slots=self.num_slots - self._fewest_free,
                 copied_slots=self._copied_slots,
             )
+
+    def _tensors(self) -> list[Tensor]:
+        """Everything that a slot holds; `[2, layers, F, ...]` each."""
+        return [self._storage] if self._scales is None else [self._storage, self._scales]
 
     # Below: called with the lock held.
 

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from kvpo_kernels import registry
 from kvpo_kernels.errors import ConfigError, DtypeError, ShapeError
+from kvpo_kernels.history.quantization import check_scales, store_frames
 from kvpo_kernels.registry import Backend
 
 OP = "norm_rope"
@@ -202,6 +203,8 @@ def qk_norm_rope_write(
     k_pool: Tensor,
     v_pool: Tensor,
     slots: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
@@ -210,7 +213,9 @@ def qk_norm_rope_write(
     Args:
         q, k, q_weight, k_weight, rope, first_frame, grid, eps, backend: as `qk_norm_rope`.
         v: `[B, N, Hkv, D]`, as k; written as it is.
-        k_pool, v_pool: `[F, T, Hkv, D]`, T = height * width, with a contiguous last axis.
+        k_pool, v_pool: `[F, T, Hkv, D]`, T = height * width, with a contiguous last axis. Where
+            they are quantized, k' and v are rounded as by `quantize_frames`.
+        k_scales, v_scales: `[F, Hkv]` float32, of quantized pools, written as well.
         slots: int64 `[B, frames]` on the host, all different: `FramePool.prepare_write`. The caller
             then records the write with `FramePool.mark_written`.
 
@@ -222,9 +227,16 @@ def qk_norm_rope_write(
         mode for an input that requires grad (this op has no backward). Nothing is written then.
     """
     cos, sin, name = _prepare(q, k, q_weight, k_weight, rope, first_frame, grid, eps, backend)
-    _check_write(q, k, v, k_pool, v_pool, slots, grid)
+    _check_write(q, k, v, k_pool, v_pool, slots, grid, k_scales, v_scales)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, q_weight, k_weight)):
         raise ShapeError("qk_norm_rope_write has no backward: call it under torch.no_grad()")
+    if k_scales is not None:  # a scale needs the whole frame first
+        new_q, new_k = _forward(q, k, q_weight, k_weight, cos, sin, eps, name)
+        index = slots.reshape(-1).to(q.device)
+        page = (index.numel(), *k_pool.shape[1:])
+        store_frames(k_pool, k_scales, index, new_k.reshape(page))
+        store_frames(v_pool, v_scales, index, v.reshape(page))
+        return new_q  # type: ignore[no-any-return]
     return _write(  # type: ignore[no-any-return]
         q, k, v, q_weight, k_weight, cos, sin, k_pool, v_pool, slots, eps, name
     )
@@ -276,6 +288,8 @@ def _check_write(
     v_pool: Tensor,
     slots: Tensor,
     grid: tuple[int, int, int],
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
 ) -> None:
     if v.shape != k.shape:
         raise ShapeError(f"v must be {list(k.shape)} like k, got {list(v.shape)}")
@@ -287,8 +301,10 @@ def _check_write(
             )
         if pool.stride(3) != 1:
             raise ShapeError(f"{name}: last axis must be contiguous, got strides {pool.stride()}")
+    quantized = check_scales(k_pool, v_pool, k_scales, v_scales, q.device)
     for name, tensor in (("v", v), ("k_pool", k_pool), ("v_pool", v_pool)):
-        if tensor.dtype is not q.dtype or tensor.device != q.device:
+        foreign = tensor.dtype is not q.dtype and not (quantized and name != "v")
+        if foreign or tensor.device != q.device:
             raise DtypeError(
                 f"{name} must be {q.dtype} on {q.device} like q, got {tensor.dtype} on"
                 f" {tensor.device}"

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from kvpo_kernels import registry
 from kvpo_kernels.errors import BackendUnavailable, ConfigError, DtypeError, ShapeError
+from kvpo_kernels.history.quantization import LARGEST, check_scales
 from kvpo_kernels.history.route_table import RouteTable
 from kvpo_kernels.registry import Backend
 
@@ -34,6 +35,8 @@ class Problem:
     """CUDA compute capability of the device; None for the CPU and for AMD."""
     aligned: bool = True
     """Whether vectors of q, pools and live tokens begin at whole 16 bytes, and none is empty."""
+    page_dtype: torch.dtype | None = None
+    """Of a quantized pool; None where the pool has the dtype of q."""
 
 
 def _why_not_cpu(p: Problem) -> str | None:
@@ -66,6 +69,8 @@ def _why_not_gluon(p: Problem) -> str | None:
         return f"takes tensors on a GPU of compute capability (9, 0), got {what}"
     if p.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, got {p.dtype}"
+    if p.page_dtype is not None:
+        return f"takes pools in the dtype of q, got {p.page_dtype}"
     if p.head_size not in (64, 128):
         return f"takes head sizes 64 and 128, got {p.head_size}"
     if not p.aligned:
@@ -81,6 +86,8 @@ def _why_not_flash(p: Problem) -> str | None:
         return f"takes tensors on a GPU of compute capability (8, 0) or later, got {what}"
     if p.dtype not in (torch.bfloat16, torch.float16):
         return f"takes bfloat16 and float16, got {p.dtype}"
+    if p.page_dtype is not None:
+        return f"takes pools in the dtype of q, got {p.page_dtype}"
     if p.head_size % 8 or p.head_size > 256:
         return f"takes head sizes that are multiples of 8 up to 256, got {p.head_size}"
     return None
@@ -105,6 +112,8 @@ def routed_attention(
     k_live: Tensor | None = None,
     v_live: Tensor | None = None,
     *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[False] = False,
     backend: str | None = None,
@@ -118,6 +127,8 @@ def routed_attention(
     k_live: Tensor | None = None,
     v_live: Tensor | None = None,
     *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     scale: float | None = None,
     return_lse: Literal[True],
     backend: str | None = None,
@@ -130,6 +141,8 @@ def routed_attention(
     k_live: Tensor | None = None,
     v_live: Tensor | None = None,
     *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
@@ -146,12 +159,17 @@ def routed_attention(
         q: `[B, Q, H, D]`, float32, float64, bfloat16 or float16.
         k_pool: `[F, T, Hkv, D]`, dtype and device of `q`; any strides but a contiguous last axis.
             A constant: never differentiated, copied or made contiguous. H is a multiple of Hkv.
+            Also int8 or float8_e4m3fn, with `k_scales`: a page is widened where it is read,
+            exactly, and its scale multiplies scores or weights: only `quantize_frames` rounds.
         v_pool: as `k_pool`, with strides of its own.
         table: which slots each row attends to, in order; made for F slots and B rows, on the device
             of `q`. Slot values were checked when it was made and are not read here.
         k_live: `[B, L, Hkv, D]`, the row's own tokens, attended after the routed ones; None for
             none. Differentiable.
         v_live: as `k_live`; both or neither.
+        k_scales: `[F, Hkv]` float32, contiguous, on the device of `q`: the keys of frame f and head
+            h are `k_pool[f, :, h] * k_scales[f, h]`. With quantized pools both, else none.
+        v_scales: as `k_scales`, of the values.
         scale: multiplies the scores; finite, of any sign; `D ** -0.5` if None.
         return_lse: also return `lse`.
         backend: a name in `BACKENDS`; None takes the first that can run. A named one never falls
@@ -175,16 +193,15 @@ def routed_attention(
         BackendUnavailable: no backend, or not the named one, can run the call; says why for each.
 
     Source: the routed local window of KVPO (arXiv:2605.14278); online softmax as in Milakov and
-    Gimelshein (arXiv:1805.02867).
+    Gimelshein (arXiv:1805.02867); quantized history: the adaptive cache that KVPO leaves to future
+    work, with scales per frame and head as FlashAttention-3 has them (arXiv:2407.08608).
     """
     if k_live is None and v_live is None and q.ndim == k_pool.ndim == v_pool.ndim == 4:
         # Two tensors: torch.compile does not take one twice.
-        k_live, v_live = (
-            pool.new_zeros(q.shape[0], 0, *pool.shape[2:]) for pool in (k_pool, v_pool)
-        )
+        k_live, v_live = (q.new_zeros(q.shape[0], 0, *pool.shape[2:]) for pool in (k_pool, v_pool))
     if k_live is None or v_live is None:
         raise ShapeError("k_live and v_live must be given both or neither")
-    _check(q, k_pool, v_pool, table, k_live, v_live)
+    _check(q, k_pool, v_pool, table, k_live, v_live, k_scales, v_scales)
     if scale is None:
         scale = q.shape[-1] ** -0.5
     elif not abs(scale) < math.inf:  # NaN is not less either
@@ -197,23 +214,26 @@ def routed_attention(
     if needs_grad:
         _check_not_in_pool(k_pool, v_pool, k_live, v_live)
         out, lse = _RoutedAttention.apply(  # type: ignore[no-untyped-call]
-            q, k_pool, v_pool, table.slots, k_live, v_live, scale, chosen
+            q, k_pool, v_pool, table.slots, k_live, v_live, k_scales, v_scales, scale, chosen
         )
     else:
-        out, lse = _forward(q, k_pool, v_pool, table.slots, k_live, v_live, scale, chosen)
+        out, lse = _forward(
+            q, k_pool, v_pool, table.slots, k_live, v_live, k_scales, v_scales, scale, chosen
+        )
     return (out, lse) if return_lse else out
 
 
 def _problem(q: Tensor, *keys_and_grad: Any) -> Problem:
     *keys, needs_grad = keys_and_grad
+    pages = None if keys[0].dtype is q.dtype else keys[0].dtype
     if not q.is_cuda:
-        return Problem(q.device.type, q.dtype, q.shape[-1], needs_grad)
+        return Problem(q.device.type, q.dtype, q.shape[-1], needs_grad, page_dtype=pages)
     capability = None
     if torch.version.hip is None:
         properties = torch.cuda.get_device_properties(q.device)
         capability = (properties.major, properties.minor)
     aligned = keys[0].numel() > 0 and all(_in_whole_units(t) for t in (q, *keys))
-    return Problem(q.device.type, q.dtype, q.shape[-1], needs_grad, capability, aligned)
+    return Problem(q.device.type, q.dtype, q.shape[-1], needs_grad, capability, aligned, pages)
 
 
 def _in_whole_units(tensor: Tensor) -> bool:
@@ -228,7 +248,14 @@ def _in_whole_units(tensor: Tensor) -> bool:
 
 
 def _check(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, table: RouteTable, k_live: Tensor, v_live: Tensor
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    table: RouteTable,
+    k_live: Tensor,
+    v_live: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
 ) -> None:
     if q.ndim != 4:
         raise ShapeError(f"q must be [B, Q, H, D], got {list(q.shape)}")
@@ -251,13 +278,17 @@ def _check(
         )
     others = (("k_pool", k_pool), ("v_pool", v_pool), ("k_live", k_live), ("v_live", v_live))
     for name, t in others[:2]:
-        if t.dtype.is_floating_point and t.element_size() == 1:
-            why = f"{name} is {t.dtype}: quantized caches (LongLive-2 FP8, NVFP4) are not supported"
+        if t.element_size() == 1 and t.dtype not in LARGEST:
+            why = (
+                f"{name} is {t.dtype}: of the quantized caches, int8 and float8_e4m3fn are"
+                " supported, other formats (LongLive-2 NVFP4) are not"
+            )
             raise BackendUnavailable(OP, {b.name: why for b in BACKENDS})
     if q.dtype not in _DTYPES:
         raise DtypeError(f"q must be float32, float64, bfloat16 or float16, got {q.dtype}")
+    quantized = check_scales(k_pool, v_pool, k_scales, v_scales, q.device)
     for name, t in others:
-        if t.dtype is not q.dtype:
+        if t.dtype is not q.dtype and not (quantized and name.endswith("pool")):
             raise DtypeError(f"{name} must be {q.dtype} like q, got {t.dtype}")
         if t.device != q.device:
             raise DtypeError(f"{name} must be on {q.device} like q, got {t.device}")
@@ -306,12 +337,13 @@ def _memory_range(tensor: Tensor) -> tuple[int, int]:
 torch.library.define(
     "kvpo::routed_attention_forward",
     "(Tensor q, Tensor k_pool, Tensor v_pool, Tensor slots, Tensor k_live, Tensor v_live,"
-    " float scale, str backend) -> (Tensor, Tensor)",
+    " Tensor? k_scales, Tensor? v_scales, float scale, str backend) -> (Tensor, Tensor)",
 )
 torch.library.define(
     "kvpo::routed_attention_backward",
     "(Tensor grad_out, Tensor q, Tensor k_pool, Tensor v_pool, Tensor slots, Tensor k_live,"
-    " Tensor v_live, Tensor out, Tensor lse, float scale, str backend) -> (Tensor, Tensor, Tensor)",
+    " Tensor v_live, Tensor? k_scales, Tensor? v_scales, Tensor out, Tensor lse, float scale,"
+    " str backend) -> (Tensor, Tensor, Tensor)",
 )
 _MODULES = {b.name: b for b in BACKENDS}
 
@@ -355,11 +387,14 @@ _backward = torch.ops.kvpo.routed_attention_backward.default
 
 class _RoutedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k_pool, v_pool, slots, k_live, v_live, scale, backend):  # type: ignore[no-untyped-def]
-        out, lse = _forward(q, k_pool, v_pool, slots, k_live, v_live, scale, backend)
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, q, k_pool, v_pool, slots, k_live, v_live, k_scales, v_scales, scale, backend
+    ):
+        inputs = (q, k_pool, v_pool, slots, k_live, v_live, k_scales, v_scales)
+        out, lse = _forward(*inputs, scale, backend)
         # Saving `slots` also keeps the table's frames from being rewritten: the pool holds them
         # for as long as the tensor lives.
-        ctx.save_for_backward(q, k_pool, v_pool, slots, k_live, v_live, out, lse)
+        ctx.save_for_backward(*inputs, out, lse)
         ctx.scale, ctx.backend = scale, backend
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -368,4 +403,4 @@ class _RoutedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
         grad_q, grad_k, grad_v = _backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.backend)
-        return grad_q, None, None, None, grad_k, grad_v, None, None
+        return grad_q, None, None, None, grad_k, grad_v, None, None, None, None

@@ -15,6 +15,8 @@ def forward(
     slots: Tensor,
     k_live: Tensor,
     v_live: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return `(out, lse)`; see `kvpo_kernels.ops.routed_attention` for the contract."""
@@ -22,8 +24,8 @@ def forward(
     out = q.new_empty(q.shape)
     lse = q.new_empty(B, H, Q, dtype=_widened(q).dtype)
     for b in range(B):
-        k_KHD = _keys_of_row(k_pool, slots[b], k_live[b], H)
-        v_KHD = _keys_of_row(v_pool, slots[b], v_live[b], H)
+        k_KHD = _keys_of_row(k_pool, k_scales, slots[b], k_live[b], H)
+        v_KHD = _keys_of_row(v_pool, v_scales, slots[b], v_live[b], H)
         weight_HQK, lse[b] = _weights(_widened(q[b]), k_KHD, scale)
         out[b] = torch.einsum("hqk,khd->qhd", weight_HQK, v_KHD)
     return out, lse
@@ -37,6 +39,8 @@ def backward(
     slots: Tensor,
     k_live: Tensor,
     v_live: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
@@ -47,8 +51,8 @@ def backward(
     grad_q, grad_k, grad_v = (t.new_empty(t.shape) for t in (q, k_live, v_live))
     for b in range(B):
         q_QHD, grad_out_QHD = _widened(q[b]), _widened(grad_out[b])
-        k_KHD = _keys_of_row(k_pool, slots[b], k_live[b], H)
-        v_KHD = _keys_of_row(v_pool, slots[b], v_live[b], H)
+        k_KHD = _keys_of_row(k_pool, k_scales, slots[b], k_live[b], H)
+        v_KHD = _keys_of_row(v_pool, v_scales, slots[b], v_live[b], H)
         weight_HQK, _ = _weights(q_QHD, k_KHD, scale)
         grad_weight_HQK = torch.einsum("qhd,khd->hqk", grad_out_QHD, v_KHD)
         mean_HQ1 = (weight_HQK * grad_weight_HQK).sum(dim=-1, keepdim=True)
@@ -67,10 +71,16 @@ def _widened(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _keys_of_row(pool_FTHD: Tensor, slots_R: Tensor, live_LHD: Tensor, heads: int) -> Tensor:
+def _keys_of_row(
+    pool_FTHD: Tensor, scales_FH: Tensor | None, slots_R: Tensor, live_LHD: Tensor, heads: int
+) -> Tensor:
     """Lay the routed frames and the live tokens of a row end to end, one head per query head."""
     used = slots_R[slots_R >= 0].long()
-    x_KHD = _widened(torch.cat([pool_FTHD[used].flatten(0, 1), live_LHD]))
+    live_LHD = _widened(live_LHD)
+    frames_RTHD = pool_FTHD[used].to(live_LHD.dtype)
+    if scales_FH is not None:
+        frames_RTHD = frames_RTHD * scales_FH[used][:, None, :, None]
+    x_KHD = torch.cat([frames_RTHD.flatten(0, 1), live_LHD])
     return x_KHD.repeat_interleave(heads // x_KHD.shape[1], dim=1)
 
 

@@ -28,7 +28,7 @@ struct Tensor {
 };
 
 constexpr int32_t kCpu = 1, kCuda = 2;
-constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4;
 
 // A borrowed, checked view: the capsule stays owned by Python for the length of the call.
 class View {

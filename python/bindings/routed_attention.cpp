@@ -1,6 +1,9 @@
 #include "kvpo/routed_attention.h"
 
+#include <optional>
+
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "dlpack.h"
 
@@ -21,14 +24,24 @@ kvpo::Float float_of(const View& x) {
   return kvpo::Float::kFloat16;
 }
 
-// A [outer, token, head, D] argument of q's dtype.
+// The bits of float8_e4m3fn come as bytes: DLPack has had a name for it only since 1.1.
+kvpo::Page page_of(const View& pool) {
+  using namespace kvpo::dlpack;
+  return pool.is(kInt, 8)    ? kvpo::Page::kInt8
+         : pool.is(kUint, 8) ? kvpo::Page::kFloat8
+                             : kvpo::Page::kAsQueries;
+}
+
+// A [outer, token, head, D] argument of q's dtype, or of a quantized pool.
 class Vectors {
 public:
   Vectors(const py::capsule& capsule, const char* name, std::initializer_list<int64_t> shape,
-          kvpo::Float dtype)
+          kvpo::Float dtype, kvpo::Page page = kvpo::Page::kAsQueries)
       : view_(capsule, name) {
     view_.expect(shape);
-    KVPO_CHECK(float_of(view_) == dtype, std::string(name) + " has another dtype than q");
+    KVPO_CHECK(page_of(view_) == page &&
+                   (page != kvpo::Page::kAsQueries || float_of(view_) == dtype),
+               std::string(name) + " has another dtype than q");
     KVPO_CHECK(view_.device() == kvpo::dlpack::kCpu, std::string(name) + " is not on the CPU");
     KVPO_CHECK(view_.stride(3) == 1 || view_.size(3) <= 1,
                std::string(name) + ": the last axis must be contiguous");
@@ -42,9 +55,12 @@ private:
   View view_;
 };
 
+using Scales = std::optional<py::capsule>;
+
 RoutedAttentionForward arguments(const py::capsule& q, const py::capsule& k_pool,
                                  const py::capsule& v_pool, const py::capsule& slots,
                                  const py::capsule& k_live, const py::capsule& v_live,
+                                 const Scales& k_scales, const Scales& v_scales,
                                  const py::capsule& out, const py::capsule& lse, double scale,
                                  int threads) {
   using namespace kvpo::dlpack;
@@ -62,8 +78,17 @@ RoutedAttentionForward arguments(const py::capsule& q, const py::capsule& k_pool
   a.scale = static_cast<float>(scale);
   a.threads = threads < 1 ? 1 : threads;
   a.q = Vectors(q, "q", {B, Q, H, D}, dtype);
-  a.k_pool = Vectors(k_pool, "k_pool", {F, T, Hkv, D}, dtype);
-  a.v_pool = Vectors(v_pool, "v_pool", {F, T, Hkv, D}, dtype);
+  a.page = page_of(pool);
+  a.k_pool = Vectors(k_pool, "k_pool", {F, T, Hkv, D}, dtype, a.page);
+  a.v_pool = Vectors(v_pool, "v_pool", {F, T, Hkv, D}, dtype, a.page);
+  if (a.page != kvpo::Page::kAsQueries) {
+    KVPO_CHECK(k_scales && v_scales, "a quantized pool needs scales");
+    const auto scales = [&](const py::capsule& capsule, const char* name) {
+      return View(capsule, name).contiguous().expect({F, Hkv}).data<float>(kFloat);
+    };
+    a.k_scales = scales(*k_scales, "k_scales");
+    a.v_scales = scales(*v_scales, "v_scales");
+  }
   a.k_live = Vectors(k_live, "k_live", {B, L, Hkv, D}, dtype);
   a.v_live = Vectors(v_live, "v_live", {B, L, Hkv, D}, dtype);
   a.slots = table.contiguous().expect({B, table.size(1)}).data<int32_t>(kInt);
@@ -79,24 +104,27 @@ void bind_routed_attention(py::module_& m) {
       "routed_attention_forward",
       [](const py::capsule& q, const py::capsule& k_pool, const py::capsule& v_pool,
          const py::capsule& slots, const py::capsule& k_live, const py::capsule& v_live,
-         const py::capsule& out, const py::capsule& lse, double scale, int threads) {
-        const RoutedAttentionForward a =
-            arguments(q, k_pool, v_pool, slots, k_live, v_live, out, lse, scale, threads);
+         const Scales& k_scales, const Scales& v_scales, const py::capsule& out,
+         const py::capsule& lse, double scale, int threads) {
+        const RoutedAttentionForward a = arguments(q, k_pool, v_pool, slots, k_live, v_live,
+                                                   k_scales, v_scales, out, lse, scale, threads);
         py::gil_scoped_release unlocked;
         kvpo::cpu::routed_attention_forward(a);
       },
       py::kw_only(), py::arg("q"), py::arg("k_pool"), py::arg("v_pool"), py::arg("slots"),
-      py::arg("k_live"), py::arg("v_live"), py::arg("out"), py::arg("lse"), py::arg("scale"),
-      py::arg("threads"));
+      py::arg("k_live"), py::arg("v_live"), py::arg("k_scales"), py::arg("v_scales"),
+      py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("threads"));
   m.def(
       "routed_attention_backward",
       [](const py::capsule& grad_out, const py::capsule& q, const py::capsule& k_pool,
          const py::capsule& v_pool, const py::capsule& slots, const py::capsule& k_live,
-         const py::capsule& v_live, const py::capsule& out, const py::capsule& lse,
-         const py::capsule& grad_q, const py::capsule& grad_k_live, const py::capsule& grad_v_live,
-         double scale, int threads) {
+         const py::capsule& v_live, const Scales& k_scales, const Scales& v_scales,
+         const py::capsule& out, const py::capsule& lse, const py::capsule& grad_q,
+         const py::capsule& grad_k_live, const py::capsule& grad_v_live, double scale,
+         int threads) {
         RoutedAttentionBackward b{};
-        b.forward = arguments(q, k_pool, v_pool, slots, k_live, v_live, out, lse, scale, threads);
+        b.forward = arguments(q, k_pool, v_pool, slots, k_live, v_live, k_scales, v_scales, out,
+                              lse, scale, threads);
         const auto& s = b.forward.shape;
         const auto dtype = b.forward.dtype;
         const auto like_q = {s.rows, s.queries, s.heads, s.head_size};
@@ -109,7 +137,7 @@ void bind_routed_attention(py::module_& m) {
         kvpo::cpu::routed_attention_backward(b);
       },
       py::kw_only(), py::arg("grad_out"), py::arg("q"), py::arg("k_pool"), py::arg("v_pool"),
-      py::arg("slots"), py::arg("k_live"), py::arg("v_live"), py::arg("out"), py::arg("lse"),
-      py::arg("grad_q"), py::arg("grad_k_live"), py::arg("grad_v_live"), py::arg("scale"),
-      py::arg("threads"));
+      py::arg("slots"), py::arg("k_live"), py::arg("v_live"), py::arg("k_scales"),
+      py::arg("v_scales"), py::arg("out"), py::arg("lse"), py::arg("grad_q"),
+      py::arg("grad_k_live"), py::arg("grad_v_live"), py::arg("scale"), py::arg("threads"));
 }

@@ -10,7 +10,8 @@ GUARDED = """
 import ctypes, mmap, sys
 import torch
 from kvpo_kernels import RopeTable, RouteTable, _native
-from kvpo_kernels import qk_norm_rope, qk_norm_rope_write, routed_attention, tve_grpo_loss
+from kvpo_kernels import (qk_norm_rope, qk_norm_rope_write, quantize_frames, routed_attention,
+    tve_grpo_loss)
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -22,16 +23,17 @@ def at_the_end(t):
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     assert libc.mprotect(ctypes.c_void_p(address + size), page, 0) == 0
     kept.append(memory)
-    copy = torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=size - t.nbytes)
-    return copy.view(t.shape).copy_(t)
+    copy = torch.frombuffer(memory, dtype=torch.uint8, count=t.nbytes, offset=size - t.nbytes)
+    return copy.copy_(t.contiguous().view(-1).view(torch.uint8)).view(t.dtype).view(t.shape)
 
 def same(call, inputs):
     a, b = call(*inputs), call(*[at_the_end(t) for t in inputs])
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
-def attention(q, k, v, k_live, v_live, grad):
+def attention(q, k, v, k_live, v_live, grad, *scales):
     leaves = [t.requires_grad_() for t in (q, k_live, v_live)]
-    out = routed_attention(q, k, v, table, k_live, v_live, backend="cpu")
+    scales = dict(zip(("k_scales", "v_scales"), scales))
+    out = routed_attention(q, k, v, table, k_live, v_live, backend="cpu", **scales)
     return [out, *torch.autograd.grad(out, leaves, grad)]
 
 def objective(pred, target, weights, old, advantages):
@@ -56,8 +58,12 @@ for isa in ("portable", "avx2", "avx512", "avx512_bf16"):
         draw = lambda *shape: torch.randn(*shape, generator=g).to(dtype)
         for T, L, Q in ((13, 3, 5), (1560 // 8, 7, 33), (1, 1, 1)):
             table = RouteTable([[2], [0, 2]], 3)
-            same(attention, [draw(2, Q, 2, 48), *(draw(3, T, 1, 48) for _ in "kv"),
-                             *(draw(2, L, 1, 48) for _ in "kv"), draw(2, Q, 2, 48)])
+            pools, live = ([draw(n, t, 1, 48) for _ in "kv"] for n, t in ((3, T), (2, L)))
+            q, grad = (draw(2, Q, 2, 48) for _ in "qg")
+            same(attention, [q, *pools, *live, grad])
+            for page in (torch.int8, torch.float8_e4m3fn):
+                pages, scales = zip(*(quantize_frames(pool, page) for pool in pools))
+                same(attention, [q, *pages, *live, grad, *scales])
         if dtype is torch.float16:
             continue
         for N in (1, 37, 4097):

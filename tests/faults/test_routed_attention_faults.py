@@ -58,9 +58,9 @@ def arguments(B: int = 2, L: int = 3, **changes: Any) -> dict[str, Any]:
             "v_pool: last axis must be contiguous",
         ),
         (
-            {"k_pool": torch.zeros(3, 7, 2, 16).to(torch.float8_e4m3fn)},
+            {"k_pool": torch.zeros(3, 7, 2, 16, dtype=torch.uint8)},
             NotImplementedError,
-            "LongLive-2 FP8",
+            "LongLive-2 NVFP4",
         ),
         (
             {"backend": "flash"},
@@ -243,12 +243,22 @@ def test_binding_refuses_what_would_leave_memory() -> None:
         n: a[n] for n in ("q", "k_pool", "v_pool", "k_live", "v_live")
     } | dict(slots=a["table"].slots, out=out, lse=lse)
 
+    pages, scales = a["k_pool"].to(torch.int8), torch.ones(3, 2)
+
     def call(**changes: Tensor) -> None:
-        views = {n: view(t) for n, t in {**good, **changes}.items()}
+        views = dict.fromkeys(("k_scales", "v_scales"))
+        views |= {n: view(t) for n, t in {**good, **changes}.items()}
         _native.routed_attention_forward(**views, scale=1.0, threads=1)
 
+    quantized = {"k_pool": pages, "v_pool": pages, "k_scales": scales, "v_scales": scales}
     call()
+    call(**quantized)
     for changes in (
+        {"k_pool": pages},
+        {"k_pool": pages, "v_pool": pages, "k_scales": scales},
+        {**quantized, "v_scales": scales[:2]},
+        {**quantized, "k_scales": scales.double()},
+        {**quantized, "v_pool": a["v_pool"]},
         {"out": out[:1]},
         {"lse": lse.double()},
         {"slots": a["table"].slots.long()},

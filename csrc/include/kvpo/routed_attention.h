@@ -12,6 +12,9 @@
 namespace kvpo {
 
 enum class Float : int32_t { kFloat32, kBfloat16, kFloat16 };
+// Of what the pool's elements are. A quantized one holds integers or float8_e4m3fn, times a scale
+// per slot and key head.
+enum class Page : int32_t { kAsQueries, kInt8, kFloat8 };
 
 // A tensor [outer, token, head, D] of any strides but the last one, which is 1.
 struct HeadVectors {
@@ -33,12 +36,15 @@ struct RoutedAttentionShape {
 
 struct RoutedAttentionForward {
   RoutedAttentionShape shape;
-  Float dtype;                // of every void pointer here
+  Float dtype;                // of every void pointer here but the pools'
+  Page page;                  // of the pools
   float scale;                // multiplies q.k before the softmax; finite, of any sign
   int threads;                // at most this many
   HeadVectors q;              // [B, Q, H, D]
   HeadVectors k_pool, v_pool; // [F, T, Hkv, D]
   HeadVectors k_live, v_live; // [B, L, Hkv, D]; not read where L = 0
+  const float* k_scales;      // [F, Hkv] of a quantized pool, else null
+  const float* v_scales;      // as k_scales
   const int32_t* slots;       // [B, R]; a value outside [0, F) names no frame
   void* out;                  // [B, Q, H, D] contiguous
   float* lse;                 // [B, H, Q], natural log

@@ -507,6 +507,8 @@ def forward(
     slots: Tensor,
     k_live: Tensor,
     v_live: Tensor,
+    k_scales: None,
+    v_scales: None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return `(out, lse)`."""
@@ -551,13 +553,15 @@ def backward(
     slots: Tensor,
     k_live: Tensor,
     v_live: Tensor,
+    k_scales: None,
+    v_scales: None,
     out: Tensor,
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(grad_q, grad_k_live, grad_v_live)`."""
     if scale < 0:
-        arguments = k_pool, v_pool, slots, k_live, v_live, out, lse, -scale
+        arguments = k_pool, v_pool, slots, k_live, v_live, None, None, out, lse, -scale
         grad_q, grad_k, grad_v = backward(grad_out, -q, *arguments)
         return grad_q.neg_(), grad_k, grad_v
     B, Q, H, _D = q.shape

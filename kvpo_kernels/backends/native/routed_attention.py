@@ -14,6 +14,8 @@ def forward(
     slots: Tensor,
     k_live: Tensor,
     v_live: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return `(out, lse)`."""
@@ -21,11 +23,13 @@ def forward(
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     _native.routed_attention_forward(
         q=view(_vectors(q)),
-        k_pool=view(k_pool),
-        v_pool=view(v_pool),
+        k_pool=_pages(k_pool),
+        v_pool=_pages(v_pool),
         slots=view(slots),
         k_live=view(_vectors(k_live)),
         v_live=view(_vectors(v_live)),
+        k_scales=None if k_scales is None else view(k_scales),
+        v_scales=None if v_scales is None else view(v_scales),
         out=view(out),
         lse=view(lse),
         scale=scale,
@@ -42,6 +46,8 @@ def backward(
     slots: Tensor,
     k_live: Tensor,
     v_live: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
@@ -52,11 +58,13 @@ def backward(
     _native.routed_attention_backward(
         grad_out=view(_vectors(grad_out)),
         q=view(_vectors(q)),
-        k_pool=view(k_pool),
-        v_pool=view(v_pool),
+        k_pool=_pages(k_pool),
+        v_pool=_pages(v_pool),
         slots=view(slots),
         k_live=view(_vectors(k_live)),
         v_live=view(_vectors(v_live)),
+        k_scales=None if k_scales is None else view(k_scales),
+        v_scales=None if v_scales is None else view(v_scales),
         out=view(out),
         lse=view(lse),
         grad_q=view(grad_q),
@@ -66,6 +74,11 @@ def backward(
         threads=torch.get_num_threads(),
     )
     return grad_q, grad_k_live, grad_v_live
+
+
+def _pages(pool: Tensor) -> object:
+    """Float8 as its bits: not every version of torch has a DLPack name for it."""
+    return view(pool.view(torch.uint8) if pool.dtype is torch.float8_e4m3fn else pool)
 
 
 def _vectors(tensor: Tensor) -> Tensor:

@@ -35,14 +35,15 @@ def width(head_size: int) -> int:
     return max(16, 1 << (head_size - 1).bit_length())
 
 
-def launches(kind: str, head_size: int, itemsize: int) -> Launches:
+def launches(kind: str, head_size: int, itemsize: int, quantized: bool = False) -> Launches:
     """Return the row for a head.
 
     Args:
         kind: "interpreter", "sm_80" (163 KiB of shared memory), "sm_86" (99 KiB: 86, 89, 120),
             "sm_90", "sm_100" or "amd"; see `kind_of`.
         head_size: D.
-        itemsize: bytes of an element.
+        itemsize: bytes of an element of q.
+        quantized: whether the pools are; widening takes registers.
     """
     if kind == "interpreter":  # small, so that small tests have several tiles
         return Launches(*3 * [Launch(32, 32, 4, 1)])
@@ -50,7 +51,11 @@ def launches(kind: str, head_size: int, itemsize: int) -> Launches:
         side = 32 if width(head_size) <= 128 else 16
         return Launches(*3 * [Launch(side, side, 4, 1)])
     row = max(64, width(head_size))
-    return _TABLE[kind][row]
+    plain = _TABLE[kind][row]
+    if not quantized or (kind, row) not in _QUANTIZED:
+        return plain
+    forward, grad_q = _QUANTIZED[kind, row]
+    return Launches(forward, grad_q, plain.grad_live)  # which reads no pool
 
 
 def kind_of(capability: tuple[int, int] | None) -> str:
@@ -101,4 +106,15 @@ _TABLE: dict[str, dict[int, Launches]] = {
         128: Launches(Launch(128, 64, 4, 1), Launch(64, 64, 4, 1), Launch(32, 64, 4, 1)),
         256: Launches(Launch(64, 32, 4, 1), Launch(64, 16, 4, 1), Launch(16, 32, 4, 1)),
     },
+}
+
+# Smaller tiles than above, where those would spill. Forward and grad_q.
+_QUANTIZED: dict[tuple[str, int], tuple[Launch, Launch]] = {
+    ("sm_80", 64): (Launch(64, 64, 4, 2), Launch(64, 32, 4, 2)),
+    ("sm_80", 128): (Launch(64, 64, 8, 2), Launch(64, 64, 8, 2)),
+    ("sm_80", 256): (Launch(64, 32, 8, 1), Launch(32, 32, 8, 1)),
+    ("sm_86", 64): (Launch(64, 64, 4, 2), Launch(64, 32, 4, 2)),
+    ("sm_86", 128): (Launch(64, 64, 8, 2), Launch(64, 32, 8, 1)),
+    ("sm_90", 256): (Launch(64, 32, 8, 2, True), Launch(32, 64, 8, 1, True)),
+    ("sm_100", 128): (Launch(64, 128, 8, 2, True), Launch(128, 64, 8, 2, True)),
 }

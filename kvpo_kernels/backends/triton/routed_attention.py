@@ -84,22 +84,58 @@ def _load_head(
 
 
 @triton.jit
+def _load_page(
+    pool,
+    strides,
+    slot,
+    first,
+    head,
+    tokens,
+    like,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """As `_load_head`, in the dtype of `like`; a quantized page's values are exact there."""
+    tile = _load_head(pool, strides, slot, first, head, tokens, D, BLOCK, WIDTH, DESCRIPTORS)
+    if tile.dtype == tl.uint8:  # float8_e4m3fn where the hardware cannot convert it
+        size = (tile & 0x7F).to(tl.uint16)
+        # The same bits, four to the left and seen as a half, are the value times 2^-8.
+        half = (size << 7) | ((tile & 0x80).to(tl.uint16) << 8)
+        wide = half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        tile = tl.where(size == 0x7F, float("nan"), wide)
+    elif tile.dtype == tl.int8:
+        tile = tile.to(tl.float32)  # the interpreter would take an integer for bfloat16's bits
+    return tile.to(like.dtype)
+
+
+@triton.jit
+def _load_scale(scales, slot, head, heads):
+    return tl.load(scales + slot.to(tl.int64) * heads + head)
+
+
+@triton.jit
 def _count_slots(slots, R, BLOCK_R: tl.constexpr):
     position = tl.arange(0, BLOCK_R)
     return tl.sum((tl.load(slots + position, mask=position < R, other=-1) >= 0).to(tl.int32))
 
 
 @triton.jit
-def _attend(q, k, v, left, factor, top, total, acc, BLOCK_N: tl.constexpr):
+def _attend(q, k, v, k_scale, v_scale, left, factor, top, total, acc, BLOCK_N: tl.constexpr):
     """One step of the online softmax; `left` keys of the tile are there, at least one."""
     dot = _dot(q, tl.trans(k))
+    if k_scale is not None:
+        dot *= k_scale
     dot = tl.where((tl.arange(0, BLOCK_N) < left)[None, :], dot, float("-inf"))
     new_top = tl.maximum(top, tl.max(dot, 1) * factor)
     shift = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.math.exp2(dot * factor - shift[:, None])
     shrink = tl.math.exp2(top - shift)
-    acc = _dot(p.to(v.dtype), v, acc * shrink[:, None])
-    return new_top, total * shrink + tl.sum(p, 1), acc
+    total = total * shrink + tl.sum(p, 1)
+    if v_scale is not None:
+        p *= v_scale
+    return new_top, total, _dot(p.to(v.dtype), v, acc * shrink[:, None])
 
 
 @triton.jit
@@ -110,6 +146,8 @@ def _forward_kernel(
     slots,
     k_live,
     v_live,
+    k_scales,
+    v_scales,
     out,
     lse,
     factor,
@@ -146,13 +184,27 @@ def _forward_kernel(
     for i in tl.range(0, _count_slots(route, R, BLOCK_R) * tiles):
         slot = tl.load(route + i // tiles)
         n = i % tiles * BLOCK_N
-        k = _load_head(k_pool, k_strides, slot, n, kv_head, T, D, BLOCK_N, WIDTH, DESCRIPTORS)
-        v = _load_head(v_pool, v_strides, slot, n, kv_head, T, D, BLOCK_N, WIDTH, DESCRIPTORS)
-        top, total, acc = _attend(q_tile, k, v, T - n, factor, top, total, acc, BLOCK_N)
+        k = _load_page(
+            k_pool, k_strides, slot, n, kv_head, T, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
+        )
+        v = _load_page(
+            v_pool, v_strides, slot, n, kv_head, T, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
+        )
+        k_scale, v_scale = None, None
+        if k_scales is not None:
+            k_scale = _load_scale(k_scales, slot, kv_head, H // GROUP)
+            v_scale = _load_scale(v_scales, slot, kv_head, H // GROUP)
+        top, total, acc = _attend(
+            q_tile, k, v, k_scale, v_scale, T - n, factor, top, total, acc, BLOCK_N
+        )
     for n in tl.range(0, L, BLOCK_N):
-        k = _load_head(k_live, k_live_strides, b, n, kv_head, L, D, BLOCK_N, WIDTH, DESCRIPTORS)
-        v = _load_head(v_live, v_live_strides, b, n, kv_head, L, D, BLOCK_N, WIDTH, DESCRIPTORS)
-        top, total, acc = _attend(q_tile, k, v, L - n, factor, top, total, acc, BLOCK_N)
+        k = _load_page(
+            k_live, k_live_strides, b, n, kv_head, L, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
+        )
+        v = _load_page(
+            v_live, v_live_strides, b, n, kv_head, L, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
+        )
+        top, total, acc = _attend(q_tile, k, v, None, None, L - n, factor, top, total, acc, BLOCK_N)
 
     # Without keys, or with none above -inf, the sum is 0: out is then 0 and lse -inf.
     total = tl.where(total == 0.0, 1.0, total)
@@ -171,12 +223,19 @@ def _load_lse(lse, token, Q):
 
 
 @triton.jit
-def _grad_q_step(q, grad_out, k, v, left, lse, delta, factor, acc, BLOCK_N: tl.constexpr):
+def _grad_q_step(
+    q, grad_out, k, v, k_scale, v_scale, left, lse, delta, factor, acc, BLOCK_N: tl.constexpr
+):
     dot = _dot(q, tl.trans(k))
     grad_p = _dot(grad_out, tl.trans(v))
+    if k_scale is not None:
+        dot *= k_scale
+        grad_p *= v_scale
     p = tl.math.exp2(dot * factor - lse[:, None])
     p = tl.where((tl.arange(0, BLOCK_N) < left)[None, :], p, 0.0)
     grad_score = p * (grad_p - delta[:, None])
+    if k_scale is not None:
+        grad_score *= k_scale
     return _dot(grad_score.to(k.dtype), k, acc)
 
 
@@ -189,6 +248,8 @@ def _grad_q_kernel(
     slots,
     k_live,
     v_live,
+    k_scales,
+    v_scales,
     out,
     lse,
     delta,
@@ -235,16 +296,39 @@ def _grad_q_kernel(
     for i in tl.range(0, _count_slots(route, R, BLOCK_R) * tiles):
         slot = tl.load(route + i // tiles)
         n = i % tiles * BLOCK_N
-        k = _load_head(k_pool, k_strides, slot, n, kv_head, T, D, BLOCK_N, WIDTH, DESCRIPTORS)
-        v = _load_head(v_pool, v_strides, slot, n, kv_head, T, D, BLOCK_N, WIDTH, DESCRIPTORS)
+        k = _load_page(
+            k_pool, k_strides, slot, n, kv_head, T, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
+        )
+        v = _load_page(
+            v_pool, v_strides, slot, n, kv_head, T, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
+        )
+        k_scale, v_scale = None, None
+        if k_scales is not None:
+            k_scale = _load_scale(k_scales, slot, kv_head, H // GROUP)
+            v_scale = _load_scale(v_scales, slot, kv_head, H // GROUP)
         acc = _grad_q_step(
-            q_tile, grad_tile, k, v, T - n, lse_tile, delta_tile, factor, acc, BLOCK_N
+            q_tile,
+            grad_tile,
+            k,
+            v,
+            k_scale,
+            v_scale,
+            T - n,
+            lse_tile,
+            delta_tile,
+            factor,
+            acc,
+            BLOCK_N,
         )
     for n in tl.range(0, L, BLOCK_N):
-        k = _load_head(k_live, k_live_strides, b, n, kv_head, L, D, BLOCK_N, WIDTH, DESCRIPTORS)
-        v = _load_head(v_live, v_live_strides, b, n, kv_head, L, D, BLOCK_N, WIDTH, DESCRIPTORS)
+        k = _load_page(
+            k_live, k_live_strides, b, n, kv_head, L, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
+        )
+        v = _load_page(
+            v_live, v_live_strides, b, n, kv_head, L, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
+        )
         acc = _grad_q_step(
-            q_tile, grad_tile, k, v, L - n, lse_tile, delta_tile, factor, acc, BLOCK_N
+            q_tile, grad_tile, k, v, None, None, L - n, lse_tile, delta_tile, factor, acc, BLOCK_N
         )
 
     _store_tile(grad_q + own, acc * scale, first, Q, H * D, D, BLOCK_M, WIDTH)
@@ -315,6 +399,8 @@ def forward(
     slots: Tensor,
     k_live: Tensor,
     v_live: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Return `(out, lse)`."""
@@ -323,8 +409,8 @@ def forward(
     B, Q, H, D = q.shape
     out = q.new_empty(q.shape)
     lse = q.new_empty(B, H, Q, dtype=torch.float32)
-    launch = _launches(q).forward
-    keys = [k_pool, v_pool, _vectors(k_live), _vectors(v_live)]
+    launch = _launches(q, k_pool).forward
+    keys = [_pages(k_pool), _pages(v_pool), _vectors(k_live), _vectors(v_live)]
     sources, described = _sources(keys, launch.block_n, launch)
     q = _vectors(q)
     _run(
@@ -338,6 +424,8 @@ def forward(
         slots,
         sources[2],
         sources[3],
+        k_scales,
+        v_scales,
         out,
         lse,
         _factor(scale),
@@ -361,13 +449,15 @@ def backward(
     slots: Tensor,
     k_live: Tensor,
     v_live: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `(grad_q, grad_k_live, grad_v_live)`."""
     if scale < 0:
-        arguments = k_pool, v_pool, slots, k_live, v_live, out, lse, -scale
+        arguments = k_pool, v_pool, slots, k_live, v_live, k_scales, v_scales, out, lse, -scale
         grad_q, grad_k, grad_v = backward(grad_out, -q, *arguments)
         return grad_q.neg_(), grad_k, grad_v
     B, Q, H, D = q.shape
@@ -375,11 +465,11 @@ def backward(
     grad_q = q.new_empty(q.shape)
     grad_k, grad_v = k_live.new_empty(k_live.shape), v_live.new_empty(v_live.shape)
     delta = torch.empty_like(lse)
-    launches = _launches(q)
+    launches = _launches(q, k_pool)
     grad_out, q, k_live, v_live = (_vectors(t) for t in (grad_out, q, k_live, v_live))
 
     launch = launches.grad_q
-    keys = [k_pool, v_pool, k_live, v_live]
+    keys = [_pages(k_pool), _pages(v_pool), k_live, v_live]
     sources, described = _sources(keys, launch.block_n, launch)
     _run(
         _grad_q_kernel,
@@ -393,6 +483,8 @@ def backward(
         slots,
         sources[2],
         sources[3],
+        k_scales,
+        v_scales,
         out,
         lse,
         delta,
@@ -461,13 +553,14 @@ def _run(
         )
 
 
-def _launches(q: Tensor) -> configs.Launches:
+def _launches(q: Tensor, k_pool: Tensor) -> configs.Launches:
     kind = "interpreter"
     if q.is_cuda:
         kind = configs.kind_of(
             None if torch.version.hip else torch.cuda.get_device_capability(q.device)
         )
-    return configs.launches(kind, q.shape[3], q.element_size())
+    quantized = k_pool.dtype is not q.dtype
+    return configs.launches(kind, q.shape[3], q.element_size(), quantized)
 
 
 def _factor(scale: float) -> float:
@@ -477,6 +570,18 @@ def _factor(scale: float) -> float:
 
 def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
     return [t.stride()[:3] for t in tensors]
+
+
+def _pages(pool: Tensor) -> Tensor:
+    """Float8 as its bits where nothing converts it: before Ada, and on AMD, whose own differs."""
+    if pool.dtype is not torch.float8_e4m3fn:
+        return pool
+    converts = (
+        pool.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(pool.device) >= (8, 9)
+    )
+    return pool if converts else pool.view(torch.uint8)
 
 
 def _vectors(tensor: Tensor) -> Tensor:
