@@ -130,6 +130,7 @@ def _pretrain(options: argparse.Namespace, config: RunConfig) -> int:
 def _train(options: argparse.Namespace, config: RunConfig) -> int:
     started = time.perf_counter()
     weights = load_weights(options.weights)
+    weights.generator.history = config.history
     made = weights.config  # the weights decide what they were made with
     config = replace(config, data=made.data, generator=made.generator, pretrain=made.pretrain)
     train, held_out = split_prompts()
@@ -237,9 +238,10 @@ def _evaluation(
     )
 
 
-def _policy(options: argparse.Namespace) -> Weights:
+def _policy(options: argparse.Namespace, config: RunConfig) -> Weights:
     """Weights, with the newest policy of a run in place of the generator where one is named."""
     weights = load_weights(options.weights)
+    weights.generator.history = config.history
     if options.checkpoint is not None:
         checkpoint = latest_checkpoint(options.checkpoint / "checkpoints")
         if checkpoint is None:
@@ -250,7 +252,7 @@ def _policy(options: argparse.Namespace) -> Weights:
 
 
 def _evaluate(options: argparse.Namespace, config: RunConfig) -> int:
-    weights = _policy(options)
+    weights = _policy(options, config)
     prompts = split_prompts()[1][: config.train.evaluation_prompts]
     result = _evaluation(weights.generator, weights, config, prompts, "now")
     for name, values in result.scores.items():
@@ -261,7 +263,7 @@ def _evaluate(options: argparse.Namespace, config: RunConfig) -> int:
 
 def _sample(options: argparse.Namespace, config: RunConfig) -> int:
     prompts = [Prompt.parse(text) for text in options.prompts]
-    weights = _policy(options)
+    weights = _policy(options, config)
     options.out.mkdir(parents=True, exist_ok=True)
     result = _evaluation(weights.generator, weights, config, prompts, "sampling")
     for i, prompt in enumerate(prompts):

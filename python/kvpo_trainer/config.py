@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import yaml
 
 from kvpo_trainer.data import DIGIT_PIXELS, DataConfig
-from kvpo_trainer.generator import GeneratorConfig
+from kvpo_trainer.generator import GeneratorConfig, History
 from kvpo_trainer.pretrain import PretrainConfig
 from kvpo_trainer.sampling import SIGMAS
 from kvpo_trainer.update import KvpoConfig
@@ -52,6 +52,8 @@ class RunConfig:
     seed: int = 0
     threads: int = 0
     """Of torch; 0 leaves its choice."""
+    history: History = "float32"
+    """What past keys and values are rounded to: 8 bits take a quarter of the memory."""
     train: TrainConfig = field(default_factory=TrainConfig)
     kvpo: KvpoConfig = field(default_factory=KvpoConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,11 @@ class GeneratorConfig:
     ffn_factor: int = 4
     rope_theta: float = 200.0
     """Wan has 10000 for 1024 positions; here there are 57 frames and 4 rows and columns."""
+
+
+History = Literal["float32", "int8", "float8"]
+"""What the keys and values of past frames are kept in."""
+_PAGES = {"float32": None, "int8": torch.int8, "float8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig, data: DataConfig) -> None:
         super().__init__()
         self.config, self.data = config, data
+        self.history: History = "float32"
         M = config.dim
         self.head_dim = M // config.heads
         self.patch_in = nn.Linear(data.patch_values, M)
@@ -133,6 +140,7 @@ class Generator(nn.Module):
             self.config.heads,
             self.head_dim,
             dtype=torch.float32,
+            page_dtype=_PAGES[self.history],
         )
 
     def encode_text(self, words: Tensor) -> Tensor:
@@ -177,7 +185,11 @@ class Generator(nn.Module):
                 pool.write(layer, write_slots, k, v)
                 if layer == self.config.layers - 1:
                     return x.new_empty(0)
-            attended = routed_attention(q, pool.k(layer), pool.v(layer), table, k, v)
+            attended = routed_attention(
+                *(q, pool.k(layer), pool.v(layer), table, k, v),
+                k_scales=pool.k_scales(layer),
+                v_scales=pool.v_scales(layer),
+            )
             h = block.finish(h, attended, m, text)
         return self._head(h, time)
 

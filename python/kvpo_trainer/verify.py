@@ -64,6 +64,7 @@ def run_arm(config: RunConfig, arm: str, seed: int, out: Path, noises: int = 2) 
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # two arms run side by side
     weights = load_weights()
+    weights.generator.history = config.history
     train, held_out = split_prompts()
     prompts = held_out[: config.train.evaluation_prompts] * noises
     kvpo = replace(
