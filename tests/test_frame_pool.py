@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvpo_kernels import FramePool, Timeline, Window
+from kvpo_kernels import FramePool, RouteTable, Timeline, Window
 from kvpo_kernels.errors import DtypeError, PoolError, ShapeError
 
 LAYERS, TOKENS = 2, 2
@@ -287,6 +287,67 @@ def test_counts_survive_threads() -> None:
     assert pool.stats().free_slots == 60 and pool.stats().shared_slots == 0
 
 
+def test_advance_holds_no_more_than_the_window() -> None:
+    """Eight branches stream in as many frames as their windows have, and read them all the time."""
+    branches_of, local, blocks = 8, 6, 9
+    pool = make_pool(21 + branches_of * local)
+    prefix = filled(pool, 21)
+    branches = prefix.fork(branches_of)
+    for block in range(blocks):
+        table = pool.routes([b.window(3, local) for b in branches])
+        rows = table.tolist()
+        before = [[read(pool, s) for s in row] for row in rows]
+        first, slots = pool.advance(branches, 3, Window(3, local - 3), table)
+        assert first == 21 + 3 * block and slots.unique().numel() == 24
+        values = first + 100.0 * torch.arange(branches_of)[:, None] + torch.arange(3.0)
+        page = values[:, :, None, None, None].expand(-1, -1, TOKENS, 1, 1)
+        for layer in range(LAYERS):
+            seen = pool.k(layer)[:, 0, 0, 0] - 100_000 * layer
+            assert [[seen[s].item() for s in row] for row in rows] == before
+            pool.write(layer, slots, page + 100_000 * layer, -page)
+        for g, branch in enumerate(branches):
+            assert branch.resident_frames == [*range(3), *range(first - 3, first + 3)]
+            own = [read(pool, branch.slot(f)) for f in range(max(21, first - 3), first + 3)]
+            assert own == [100.0 * g + f for f in range(max(21, first - 3), first + 3)]
+    assert pool.stats().peak_slots == 21 + branches_of * local
+    assert [read(pool, prefix.slot(f)) for f in range(21)] == [float(f) for f in range(21)]
+
+
+def test_advance_leaves_what_others_read() -> None:
+    pool = make_pool(6)
+    video = filled(pool, 3)
+    other = pool.routes([[video.slot(0)]])
+    table = pool.routes([[video.slot(0), video.slot(1)]])
+    (branch,) = video.fork(1)  # and holds frame 1
+    branch.evict([1])
+    taken = [video.slot(f) for f in range(3)]
+    _, slots = pool.advance([video], 1, [], table)
+    assert slots.item() == taken[2]  # nobody reads frame 2; the table did not need it
+    assert [read(pool, s) for s in taken[:2]] == [0.0, 1.0]
+    with pytest.raises(PoolError, match="5 slots needed, 3 of 6 free"):
+        pool.advance([video], 5, [3], pool.routes([[]]))
+    assert video.num_frames == 4
+    del other, table
+
+
+def test_advance_refuses_what_it_cannot_mean() -> None:
+    pool, other = make_pool(), make_pool()
+    video, table = filled(pool, 2), pool.routes([[]])
+    (branch,) = video.fork(1)
+    branch.append(1)
+    for call, message in (
+        (lambda: pool.advance([video, branch], 1, [], table), r"timelines\[1\] has 3 frames"),
+        (lambda: pool.advance([video, video], 1, [], table), "named twice"),
+        (lambda: pool.advance([video], -1, [], table), "num_frames must be at least 0"),
+        (lambda: pool.advance([video], 1, [], other.routes([[]])), "table was not made by"),
+        (lambda: pool.advance([video], 1, [], RouteTable([[]], 12)), "table was not made by"),
+        (lambda: other.advance([video], 1, [], other.routes([[]])), "another pool"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            call()
+    assert video.num_frames == 2 and video.resident_frames == [0, 1]
+
+
 class Saving(torch.autograd.Function):
     """Keeps the slots of a table for its backward, as an attention does."""
 
@@ -382,6 +443,35 @@ class PoolMachine(RuleBasedStateMachine):
             self.pool.write(layer, slots, page + 100_000 * layer, -page)
         for (_, model), value in zip(rows, values.tolist(), strict=True):
             model[frame] = value
+
+    @rule(data=st.data(), frames=st.integers(1, 2), keep=st.sets(st.integers(0, 8)))
+    def advance(self, data: st.DataObject, frames: int, keep: set[int]) -> None:
+        """A context pass: in every layer, the table's frames are read and then written over."""
+        first = self.pick(data)[0].num_frames
+        rows = [x for x in self.live if x[0].num_frames == first and data.draw(st.booleans())]
+        written = lambda model: [f for f, value in model.items() if value is not None]
+        chosen = lambda model: [f for f in written(model) if data.draw(st.booleans())]
+        seen = [chosen(model) for _, model in rows]
+        lists = [[t.slot(f) for f in own] for (t, _), own in zip(rows, seen, strict=True)]
+        expected = [m[f] for (_, m), own in zip(rows, seen, strict=True) for f in own]
+        table = self.pool.routes(lists)
+        try:
+            at, slots = self.pool.advance([t for t, _ in rows], frames, keep, table)
+        except PoolError:
+            return
+        assert at == first or not rows
+        values = torch.arange(slots.numel(), dtype=torch.float32) + self.next_value
+        self.next_value += slots.numel()
+        page = values.view(len(rows), frames, 1, 1, 1).expand(-1, -1, TOKENS, 1, 1)
+        for layer in range(LAYERS):
+            for slot, value in zip([s for row in lists for s in row], expected, strict=True):
+                assert (self.pool.k(layer)[slot] == value + 100_000 * layer).all()
+                assert (self.pool.v(layer)[slot] == -value).all()
+            self.pool.write(layer, slots, page + 100_000 * layer, -page)
+        for (_, model), own in zip(rows, values.view(len(rows), frames).tolist(), strict=True):
+            for frame in [f for f in model if f not in keep]:
+                del model[frame]
+            model.update({first + i: value for i, value in enumerate(own)})
 
     @rule(data=st.data())
     def fail(self, data: st.DataObject) -> None:

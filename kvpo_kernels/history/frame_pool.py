@@ -168,7 +168,7 @@ class FramePool:
                 self._drop_table(previous)
 
         lease([list(row) for row in slot_lists])
-        table._lease = lease
+        table._lease, table._held, table._pool = lease, held, weakref.ref(self)
         weakref.finalize(table.slots, self._dropped_tables.append, held).atexit = False
         return table
 
@@ -238,11 +238,88 @@ class FramePool:
                 timeline._frames[frame] = new
         return torch.tensor(result, dtype=torch.int64).reshape(len(timelines), num_frames)
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Write one layer of the frames that `prepare_write` named.
+    def advance(
+        self,
+        timelines: Sequence["Timeline"],
+        num_frames: int,
+        keep: Iterable[int] | EvictionPolicy,
+        table: RouteTable,
+    ) -> tuple[int, Tensor]:
+        """Append the next frames to every timeline where frames leave that `table` still reads.
+
+        For the context pass of a block, instead of `append`, `prepare_write` and, after it,
+        `evict`: the new frames take the slots of those that leave, and a branch never holds more
+        than its window. That is safe because a layer of a slot is read last by that layer's
+        attention: in every layer, first attend over `table`, for all rows, then write. After the
+        pass `table` is of no use, and no backward may need it.
 
         Args:
-            slots: int64 `[B, frames]`, from `prepare_write`.
+            timelines: B timelines of the same length.
+            num_frames: frames to append to each.
+            keep: what each timeline keeps of its frames, as in `Timeline.evict`; a policy is asked
+                before the new ones are there.
+            table: of `routes`, the one that the pass attends over.
+
+        Returns:
+            `(first_frame, slots)`: the absolute index of the first new frame, and int64
+            `[B, num_frames]` on the host, all different, as of `prepare_write`.
+
+        Raises:
+            ShapeError: timelines of different lengths or named twice, a table of another pool.
+            PoolError: not enough slots leave or are free. Nothing has changed then.
+        """
+        if num_frames < 0:
+            raise ShapeError(f"num_frames must be at least 0, got {num_frames}")
+        for b, timeline in enumerate(timelines):
+            timeline._check_of(self, f"timelines[{b}]")
+            if any(timeline is other for other in timelines[:b]):
+                raise ShapeError(f"timelines[{b}] is named twice")
+            if timeline.num_frames != timelines[0].num_frames:
+                raise ShapeError(
+                    f"timelines[{b}] has {timeline.num_frames} frames, timelines[0] has"
+                    f" {timelines[0].num_frames}"
+                )
+        if table._held is None or table._pool() is not self:
+            raise ShapeError("table was not made by `routes` of this pool")
+        if isinstance(keep, Iterable):
+            kept = [set(keep)] * len(timelines)
+        else:
+            kept = [set(keep.keep(timeline)) for timeline in timelines]
+        with self._lock:
+            self._settle()
+            gone = [
+                [f for f in t._frames if f not in k] for t, k in zip(timelines, kept, strict=True)
+            ]
+            uses: dict[int, int] = {}
+            for timeline, frames in zip(timelines, gone, strict=True):
+                for frame in frames:
+                    uses[timeline._frames[frame]] = uses.get(timeline._frames[frame], 0) + 1
+            alone = [slot for slot, n in uses.items() if self._timeline_refs[slot] == n]
+            # Of those that leave for good, only this pass may still read.
+            leaving = [s for s in alone if self._table_refs[s] == 1 and s in table._held]
+            freed = sum(self._table_refs[slot] == 0 for slot in alone)
+            needed = num_frames * len(timelines)
+            if needed > len(self._free) + freed + len(leaving):
+                raise self._exhausted(needed - freed - len(leaving))
+            for timeline, frames in zip(timelines, gone, strict=True):
+                self._drop_frames([timeline._frames.pop(frame) for frame in frames])
+            handed = leaving[: max(0, needed - freed)]  # before free slots: these come back anyway
+            table._held.difference_update(handed)
+            self._drop_table(handed)
+            first = timelines[0].num_frames if timelines else 0
+            slots = []
+            for timeline in timelines:
+                own = {frame: self._take() for frame in range(first, first + num_frames)}
+                timeline._frames.update(own)
+                timeline._num_frames += num_frames
+                slots.append(list(own.values()))
+        return first, torch.tensor(slots, dtype=torch.int64).reshape(len(timelines), num_frames)
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Write one layer of the frames that `prepare_write` or `advance` named.
+
+        Args:
+            slots: int64 `[B, frames]`, from `prepare_write` or `advance`.
             k, v: `[B, frames * T, H, D]` or `[B, frames, T, H, D]`, in the pool's dtype.
 
         Raises:

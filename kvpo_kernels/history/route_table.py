@@ -54,7 +54,10 @@ class RouteTable:
             else max((len(row) for row in rows), default=0)
         )
         self.slots = self._padded(rows).to(target)
+        # Of a table made by a pool: how it takes references to slots, and those it has.
         self._lease: Callable[[Rows], None] | None = None
+        self._held: set[int] | None = None
+        self._pool: Callable[[], object] = lambda: None
 
     @property
     def device(self) -> torch.device:
