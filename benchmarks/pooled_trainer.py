@@ -5,6 +5,7 @@ without a graph and then one block-step at a time, and no replay of an old polic
 current one. The contexts of the second pass are remade block by block, not kept from the first.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,6 @@ from kvpo_kernels import (
     TrajectoryEnergies,
     branch_policy_loss,
     qk_norm_rope,
-    qk_norm_rope_write,
     routed_attention,
     velocity_gradient,
 )
@@ -43,14 +43,19 @@ class Trace:
     x0: list[Tensor]
 
 
+def _window(first: int) -> set[int]:
+    """What the block after the one at `first` will read besides that."""
+    return {*range(SINK), *range(first + 3 - LOCAL, first)}
+
+
 class Pooled(Trainer):
     """All branches in one batch over one pool."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         p = problem
-        # The prefix, and of each branch and the anchor the local window and a block.
-        slots = p.plan.start_frame + (p.routing.num_branches + 1) * (LOCAL + 3)
+        # The prefix, and of each branch and the anchor the local window.
+        slots = p.plan.start_frame + (p.routing.num_branches + 1) * LOCAL
         sizes = (slots, p.size.frame_tokens, p.size.layers, p.size.heads, p.size.head_dim)
         self.pool = FramePool(*sizes, dtype=p.dtype, device=p.device)
 
@@ -59,7 +64,7 @@ class Pooled(Trainer):
         with clock("prefix"), torch.no_grad():
             prefix = self.pool.timeline()
             for first in range(0, p.plan.start_frame, 3):
-                self._sample_block(self.old, [prefix], first, self._normal([prefix]))
+                self._sample_block(self.old, [prefix], first, self._normal([prefix]), range(first))
         with clock("rollout"), torch.no_grad():
             trace = self._roll_out(prefix)
         with clock("replay"), torch.no_grad():
@@ -88,11 +93,10 @@ class Pooled(Trainer):
                 context = Context(slots, self.pool.routes(slots))
             else:
                 context = self._normal(rows)
-            noisy, x0 = self._sample_block(self.old, rows, first, context)
+            keep = _window(first).union(*p.plan.attended)  # these cost nothing: they are shared
+            noisy, x0 = self._sample_block(self.old, rows, first, context, keep)
             trace.noisy.append(noisy[:G])
             trace.x0.append(x0[:G])
-            for row, frames in zip(rows, [*p.plan.attended, []], strict=True):
-                row.evict([*range(SINK), *frames, *range(first + 3 - LOCAL, first + 3)])
         return trace
 
     def _scores(self, policy: Transformer, trace: Trace) -> tuple[Tensor, list[Tensor]]:
@@ -132,22 +136,24 @@ class Pooled(Trainer):
         return Context(slots, self.pool.routes(slots))
 
     def _sample_block(
-        self, policy: Transformer, rows: list[Timeline], first: int, context: Context
+        self,
+        policy: Transformer,
+        rows: list[Timeline],
+        first: int,
+        context: Context,
+        keep: Iterable[int],
     ) -> tuple[Tensor, Tensor]:
         predict = lambda x, sigma: self._x0(policy, first, sigma, context, x)
         inputs, predictions = self._denoise(first, len(rows), predict)
-        self._commit(policy, rows, first, context, predictions[-1])
+        self._commit(policy, rows, first, context, predictions[-1], keep)
         return torch.stack(inputs, 1), torch.stack(predictions, 1)
 
     def _advance(
         self, policy: Transformer, rows: list[Timeline], first: int, context: Context, x0: Tensor
     ) -> None:
         """In a replay: the block becomes history, the oldest of the window goes."""
-        if first == self.problem.blocks()[-1]:
-            return
-        self._commit(policy, rows, first, context, x0)
-        for row in rows:
-            row.evict([*range(SINK), *range(first + 3 - LOCAL, first + 3)])
+        if first != self.problem.blocks()[-1]:
+            self._commit(policy, rows, first, context, x0, _window(first))
 
     def _x0(
         self, policy: Transformer, first: int, sigma: float, context: Context, x: Tensor
@@ -161,21 +167,22 @@ class Pooled(Trainer):
         return x - sigma * policy(x, sigma, p.text, attend, p.checkpoint_layers)
 
     def _commit(
-        self, policy: Transformer, rows: list[Timeline], first: int, context: Context, x0: Tensor
+        self,
+        policy: Transformer,
+        rows: list[Timeline],
+        first: int,
+        context: Context,
+        x0: Tensor,
+        keep: Iterable[int],
     ) -> None:
-        """The context pass: keys and values go straight into their slots and are read there."""
+        """The context pass: keys and values take the slots of the frames that leave."""
         p, pool, grid = self.problem, self.pool, (3, *self.problem.size.grid)
-        for row in rows:
-            row.append(3)
-        slots = pool.prepare_write(rows, first, 3)
-        own = [old + new for old, new in zip(context.slots, slots.tolist(), strict=True)]
-        with_block = RouteTable(own, pool.num_slots, pool.device)
+        _, slots = pool.advance(rows, 3, keep, context.table)
 
         def attend(layer: int, block: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            pools = {"k_pool": pool.k(layer), "v_pool": pool.v(layer), "slots": slots}
-            weights = (block.q_norm, block.k_norm)
-            q = qk_norm_rope_write(q, k, v, *weights, p.rope, first, grid=grid, **pools)
-            pool.mark_written(layer, slots)
-            return routed_attention(q, pool.k(layer), pool.v(layer), with_block)
+            q, k = qk_norm_rope(q, k, block.q_norm, block.k_norm, p.rope, first, grid=grid)
+            attended = routed_attention(q, pool.k(layer), pool.v(layer), context.table, k, v)
+            pool.write(layer, slots, k, v)  # after the last look at what was there
+            return attended
 
         policy(self._context_input(first, x0), 0.0, p.text, attend)

@@ -122,10 +122,56 @@ def learning() -> list[str]:
     return lines
 
 
+def quantized() -> list[str]:
+    """The table of `benchmarks/quantized_history.py`."""
+    path, data = newest("quantized-history-*.json")
+    e, error = data["environment"], data["attention_error"]
+    lines = [
+        "## A history of 8 bits",
+        "",
+        f"The shipped generator over a float32 history and over quantized ones: {data['prompts']}"
+        f" held-out videos of the same noise, and the scores of {data['branches']} recorded"
+        f" branches replayed from the same prefix. torch {e['torch']}; commit {e['commit'][:10]},"
+        f" {e['date'][:10]}. Reproduce: `python benchmarks/quantized_history.py`. Raw:"
+        f" [`{path.name}`](../benchmarks/results/{path.name}).",
+        "",
+        "| | int8 | float8_e4m3fn |",
+        "|---|---:|---:|",
+    ]
+    a, b = data["histories"]["int8"], data["histories"]["float8"]
+    ratio = f"{data['memory_ratio']:.4f}"
+    lines.append(f"| memory, of a bfloat16 pool of Wan-1.3B | {ratio} | {ratio} |")
+    lines.append(
+        "| error of attention over random frames, of the output's size (bfloat16 frames:"
+        f" {error['bfloat16']:.4f}) | {error['int8']:.4f} | {error['float8']:.4f} |"
+    )
+    rows = [
+        ("scores: mean relative change", "relative"),
+        ("scores: change, of what branches of a prompt are apart", "off_over_apart"),
+        ("scores: correlation over the branches of a prompt", "correlation"),
+        ("largest change of a branch's probability", "largest_probability_change"),
+    ]
+    for name, key in rows:
+        lines.append(f"| {name} | {a['scores'][key]:.4f} | {b['scores'][key]:.4f} |")
+    other = data["pixel_rms_of_another_noise"]
+    lines.append(
+        f"| pixels: RMS change (another noise: {other:.3f}) | {a['pixel_rms']:.3f} |"
+        f" {b['pixel_rms']:.3f} |"
+    )
+    for measure in a["reward_differences"]:
+        cells = [
+            f"{d['mean']:+.3f} ± {d['half_width']:.3f}"
+            for d in (h["reward_differences"][measure] for h in (a, b))
+        ]
+        lines.append(f"| {measure}: difference ± 95 % | {cells[0]} | {cells[1]} |")
+    return lines
+
+
 def page() -> str:
     """All of it."""
     head = ["# Results", "", "Made by `python benchmarks/render.py`; do not edit.", ""]
-    return "\n".join([*head, *kernels(), "", *iteration(), "", *learning()]) + "\n"
+    parts = (kernels(), iteration(), quantized(), learning())
+    return "\n".join(head) + "\n" + "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 
 def readme(text: str) -> str:

@@ -11,8 +11,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from kvpo_kernels import FramePool
 from kvpo_kernels.__main__ import main
-from kvpo_kernels.cost.iteration import CACHE, Run, forward, memory, phases
+from kvpo_kernels.cost.iteration import CACHE, LOCAL, Run, forward, memory, phases
 from kvpo_kernels.cost.sizes import SIZES, GeneratorSize
 from kvpo_kernels.errors import ConfigError
 
@@ -107,15 +108,34 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     example = "--model wan-14b --branches 16 --frames 1200 --gpus 8 --memory 80"
     assert main(["plan", *example.split(" ")]) == 1
     out = capsys.readouterr().out
-    assert "2 of 16 branches per GPU" in out and "DOES NOT FIT" in out and "more memory" in out
+    assert "2 of 16 branches per GPU" in out and "DOES NOT FIT" in out and "--history int8" in out
+    assert main(["plan", *example.split(" "), "--history", "int8"]) == 0
+    assert main(["plan", *example.replace("80", "60").split(" ")]) == 1
+    assert "more memory" in capsys.readouterr().out
     assert main(["plan", "--memory", "80"]) == 0
     out = capsys.readouterr().out
     assert "fits" in out and "assumed" in out  # no time without its origin
-    assert main(["plan", "--memory", "30", "--micro-batch", "4"]) == 1
+    assert main(["plan", "--memory", "17", "--micro-batch", "4"]) == 1
     out = capsys.readouterr().out
-    assert "--micro-batch 1" in out and "--gpus 2: 4 branches on each" in out
-    assert main(["plan", "--memory", "30", "--gpus", "2"]) == 0
+    ways = [line.partition("fit: ")[2] for line in out.splitlines() if "to make it fit" in line]
+    assert ways == ["--micro-batch 1", "--history int8", "--gpus 2: 4 branches on each"]
+    assert main(["plan", "--memory", "17", "--gpus", "2", "--history", "int8"]) == 0
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(("model", "gigabytes"), [("wan-1.3b", 20), ("wan-14b", 90)])
+def test_history_of_eight_branches(model: str, gigabytes: int) -> None:
+    """As a pool of this size would count it, and at most so much without the anchor."""
+    run = Run(SIZES[model])
+    s, history = run.size, memory(run, "ours")["history"]
+    slots = round(history / run.frame_bytes)
+    sizes = (slots, s.frame_tokens, s.layers, s.heads, s.head_dim)
+    assert FramePool(*sizes, device="meta").stats().bytes == history
+    assert (slots - LOCAL) * run.frame_bytes < gigabytes * 1e9
+    for name, dtype in (("int8", torch.int8), ("float8", torch.float8_e4m3fn)):
+        small = memory(dataclasses.replace(run, history=name), "ours")["history"]
+        pool = FramePool(*sizes, device="meta", page_dtype=dtype)
+        assert pool.stats().bytes == small < 0.51 * history
 
 
 def test_rates_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -330,6 +330,22 @@ def test_advance_leaves_what_others_read() -> None:
     del other, table
 
 
+def test_advance_does_not_count_on_frames_that_a_branch_holds() -> None:
+    pool = make_pool(4)
+    video = filled(pool, 4)
+    (branch,) = video.fork(1)
+    table = pool.routes([video.window(3, 6)])
+    before = pool.stats()
+    with pytest.raises(PoolError, match="1 slots needed, 0 of 4 free"):
+        pool.advance([video], 1, [], table)
+    assert pool.stats() == before and video.resident_frames == branch.resident_frames
+    branch.evict([0, 1, 2])
+    first, slots = pool.advance([video], 1, [0, 1, 2], table)
+    assert first == 4 and slots.item() not in [branch.slot(f) for f in range(3)]
+    with pytest.raises(PoolError):
+        branch.append(1)
+
+
 def test_advance_refuses_what_it_cannot_mean() -> None:
     pool, other = make_pool(), make_pool()
     video, table = filled(pool, 2), pool.routes([[]])

@@ -102,6 +102,8 @@ def advice(run: Run, limit: float) -> list[str]:
         tries.append(("recompute layers (no --store-activations)", {"checkpoint_layers": True}))
     if run.micro_batch > 1:
         tries.append(("--micro-batch 1", {"micro_batch": 1}))
+    if run.history == "bfloat16":
+        tries.append(("--history int8", {"history": "int8"}))
     if run.train == "full":
         tries.append(("--train lora", {"train": "lora"}))
     changed = run
@@ -170,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lora-rank", type=int, default=256)
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--store-activations", action="store_true", help="do not recompute layers")
+    parser.add_argument("--history", choices=("bfloat16", "int8", "float8"), default="bfloat16")
     parser.add_argument("--whole-video", action="store_true", help="for a global reward")
     parser.add_argument("--rates", type=Path, help="JSON of `python -m kvpo_kernels bench`")
     for name in H200.origin:
@@ -186,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lora_rank=args.lora_rank,
             micro_batch=args.micro_batch,
             checkpoint_layers=not args.store_activations,
+            history=args.history,
             whole_video=args.whole_video,
         )
         rates = _rates(args)

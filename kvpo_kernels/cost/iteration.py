@@ -15,6 +15,7 @@ from kvpo_kernels.history.planning import HistoryRouting, eligible_starts
 
 Train = Literal["lora", "full"]
 Way = Literal["today", "ours"]
+History = Literal["bfloat16", "int8", "float8"]
 SINK, LOCAL, CACHE = 3, 6, 33
 ELEMENT = 2  # bytes of bfloat16
 
@@ -37,6 +38,8 @@ class Run:
     """Branches whose activations one backward holds."""
     checkpoint_layers: bool = True
     """Keep only the inputs of layers, compute their insides again."""
+    history: History = "bfloat16"
+    """What our pool keeps keys and values in; 8 bits halve it."""
     whole_video: bool = False
     """Whether branches go on to the end of the video, for a global reward."""
 
@@ -223,12 +226,16 @@ def memory(run: Run, way: Way) -> dict[str, float]:
     N = s.block_frames * s.frame_tokens
     rows = G + 1
     if way == "ours":
-        # Sink, candidates and latest frames once; of each row its window and a block.
+        # Sink, candidates and latest frames once; of each row its window, whose oldest frames the
+        # block takes the slots of.
         candidates = run.routing.cache_frames - run.routing.sink_frames - run.routing.block_frames
         shared = min(
             max(run.starts), SINK + candidates - 3 * (run.routing.perturbed_blocks - 1) + 1
         )
-        history = float((shared + rows * (LOCAL + s.block_frames)) * run.frame_bytes)
+        frame = run.frame_bytes if run.history == "bfloat16" else run.frame_bytes / ELEMENT
+        if run.history != "bfloat16":
+            frame += 2 * s.layers * s.heads * 4  # a scale each
+        history = float((shared + rows * LOCAL) * frame)
         kept = run.micro_batch
     else:
         # All replay caches until the backward, the cache of the rollout, one layer's clone.

@@ -166,8 +166,8 @@ class Generator(nn.Module):
             text: `[B, 8, M]`, of `encode_text`.
             first_frame: absolute index of the block's first frame.
             table: the frames each row attends to besides its block.
-            write_slots: int64 `[B, block_frames]`, of `FramePool.prepare_write`: the context pass,
-                which writes the block's keys and values there and predicts nothing.
+            write_slots: int64 `[B, block_frames]`, of `FramePool.prepare_write` or `advance`: the
+                context pass, which writes the block's keys and values there and predicts nothing.
 
         Returns:
             `[B, N, P]`; empty for a context pass, which ends with the last layer's write.
@@ -181,15 +181,16 @@ class Generator(nn.Module):
             q, k = qk_norm_rope(
                 q, k, block.q_norm, block.k_norm, self._rope, first_frame, grid=grid
             )
-            if write_slots is not None:
+            if write_slots is not None and layer == self.config.layers - 1:
                 pool.write(layer, write_slots, k, v)
-                if layer == self.config.layers - 1:
-                    return x.new_empty(0)
+                return x.new_empty(0)
             attended = routed_attention(
                 *(q, pool.k(layer), pool.v(layer), table, k, v),
                 k_scales=pool.k_scales(layer),
                 v_scales=pool.v_scales(layer),
             )
+            if write_slots is not None:  # after the layer's last look at what leaves
+                pool.write(layer, write_slots, k, v)
             h = block.finish(h, attended, m, text)
         return self._head(h, time)
 

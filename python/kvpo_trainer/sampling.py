@@ -6,7 +6,7 @@ x_{s+1} = (1 - sigma_{s+1}) x0 + sigma_{s+1} eps_fresh, as the distilled generat
 (KVPO's released code; not an Euler step). Given the noise it is deterministic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,17 +83,24 @@ def commit_block(
     table: RouteTable,
     x0: Tensor,
     noise: Tensor,
+    keep: Iterable[int] | None = None,
 ) -> None:
     """The context pass: append the block to every row's timeline.
 
     Args:
+        table: the rows' contexts.
         x0: `[B, N, P]`, the finished block.
         noise: `[B, N, P]`, mixed in at the context level.
+        keep: frames that stay; the others leave, and with this pass the table is used up. None
+            keeps all.
     """
     frames = generator.data.block_frames
-    for timeline in timelines:
-        timeline.append(frames)
-    slots = pool.prepare_write(timelines, first_frame, frames)
+    if keep is None:
+        for timeline in timelines:
+            timeline.append(frames)
+        slots = pool.prepare_write(timelines, first_frame, frames)
+    else:
+        _, slots = pool.advance(timelines, frames, keep, table)
     x = (1 - CONTEXT_SIGMA) * x0 + CONTEXT_SIGMA * noise
     generator.stream(x, 0.0, text, first_frame, pool, table, write_slots=slots)
 
@@ -112,7 +119,7 @@ def sample_videos(generator: Generator, text: Tensor, noise: Tensor) -> Tensor:
         noise: `[B, K, 5, N, P]`.
     """
     frames = generator.data.block_frames
-    held = SINK_FRAMES + LOCAL_FRAMES + 2 * frames
+    held = SINK_FRAMES + LOCAL_FRAMES
     pool = generator.new_pool(text.shape[0] * held)
     timelines = [pool.timeline() for _ in range(text.shape[0])]
     blocks = []
@@ -120,10 +127,9 @@ def sample_videos(generator: Generator, text: Tensor, noise: Tensor) -> Tensor:
         first = k * frames
         table = normal_routes(pool, timelines)
         x0 = denoise_block(generator, text, first, pool, table, noise[:, k]).x0[:, -1]
-        commit_block(generator, text, timelines, first, pool, table, x0, noise[:, k, NOISES - 1])
+        keep = [*range(SINK_FRAMES), *range(first + frames - LOCAL_FRAMES, first)]
+        last = noise[:, k, NOISES - 1]
+        commit_block(generator, text, timelines, first, pool, table, x0, last, keep)
         del table
-        end = first + frames
-        for timeline in timelines:
-            timeline.evict([*range(SINK_FRAMES), *range(end - LOCAL_FRAMES, end)])
         blocks.append(x0)
     return torch.stack(blocks, 1)

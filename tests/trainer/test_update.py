@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from kvpo_trainer.data import all_prompts, tokenize
-from kvpo_trainer.generator import Generator
+from kvpo_trainer.generator import Generator, History
 from kvpo_trainer.rewards import RewardModel
 from kvpo_trainer.rollout import Rollout, accumulate_gradient, replay, roll_out
 from kvpo_trainer.sampling import SIGMAS
@@ -30,13 +30,17 @@ def trainer_of(
     return Trainer(copy.deepcopy(generator), reward_model, PROMPTS, config, seed)
 
 
+@pytest.mark.parametrize("history", ["float32", "int8", "float8"])
 def test_the_ratio_is_one_right_after_a_sync_and_not_later(
-    generator: Generator, reward_model: RewardModel
+    generator: Generator, reward_model: RewardModel, history: History
 ) -> None:
+    generator.history = history
     trainer = trainer_of(generator, reward_model)
     deviations = [trainer.step().metrics["ratio_deviation"] for _ in range(4)]
     assert deviations[0] == deviations[2] == 0.0
     assert deviations[1] > 0 and deviations[3] > 0
+    pages = {"float32": torch.float32, "int8": torch.int8, "float8": torch.float8_e4m3fn}
+    assert trainer.old.new_pool(1).k(0).dtype is pages[history]
 
 
 def one_graph_scores(policy: Generator, rollout: Rollout, steps: int) -> torch.Tensor:
