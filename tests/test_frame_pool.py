@@ -7,6 +7,7 @@ import gc
 import os
 import threading
 import time
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from kvpo_kernels.errors import DtypeError, PoolError, ShapeError
 LAYERS, TOKENS = 2, 2
 
 
-def make_pool(num_slots: int = 12) -> FramePool:
-    return FramePool(num_slots, TOKENS, LAYERS, 1, 1, dtype=torch.float32)
+def make_pool(num_slots: int = 12, host_slots: int = 0) -> FramePool:
+    sizes = (num_slots, TOKENS, LAYERS, 1, 1)
+    return FramePool(*sizes, dtype=torch.float32, host_slots=host_slots)
 
 
 def write(timeline: Timeline, first: int, values: list[float]) -> None:
@@ -33,10 +35,13 @@ def write(timeline: Timeline, first: int, values: list[float]) -> None:
 
 
 def read(pool: FramePool, slot: int) -> float:
-    value = pool.k(0)[slot, 0, 0, 0].item()
+    storage, at = pool._storage, slot
+    if slot >= pool.num_slots:  # of an offloaded frame
+        storage, at = pool._host_tensors[0], slot - pool.num_slots
+    value = storage[0, 0, at, 0, 0, 0].item()
     for layer in range(LAYERS):
-        assert (pool.k(layer)[slot] == value + 100_000 * layer).all()
-        assert (pool.v(layer)[slot] == -value).all()
+        assert (storage[0, layer, at] == value + 100_000 * layer).all()
+        assert (storage[1, layer, at] == -value).all()
     return value
 
 
@@ -364,6 +369,88 @@ def test_advance_refuses_what_it_cannot_mean() -> None:
     assert video.num_frames == 2 and video.resident_frames == [0, 1]
 
 
+def test_offloaded_frames_come_back() -> None:
+    pool = make_pool(6, host_slots=5)
+    video = filled(pool, 6)
+    left, right = video.fork(2)
+    table = pool.routes([[video.slot(1), video.slot(5)]])
+    held = table.tolist()[0]
+    video.offload([0, 1, 2, 3])
+    # Moved once, for all that share them; the table keeps the slot that it reads.
+    for timeline in (video, left, right):
+        assert timeline.offloaded_frames == [0, 1, 2, 3]
+        assert timeline.resident_frames == list(range(6)) and timeline.committed_frames == 6
+    stats = pool.stats()
+    assert (stats.free_slots, stats.host_slots, stats.free_host_slots) == (3, 5, 1)
+    assert [read(pool, s) for s in held] == [1.0, 5.0]
+    with pytest.raises(ShapeError, match="frame 1 is offloaded: fetch it first"):
+        left.routed(sink=0, selected=[1], nearest=0)
+    with pytest.raises(ShapeError, match="frame 0 is offloaded"):
+        write(left, 0, [9.0])
+    left.append(2)
+    write(left, 6, [60.0, 70.0])
+    left.fetch([1, 5])
+    assert right.offloaded_frames == [0, 2, 3] and read(pool, right.slot(1)) == 1.0
+    assert pool.stats().free_slots == 0
+    with pytest.raises(PoolError, match="1 slots needed, 0 of 6 free"):
+        left.fetch([2])
+    del table
+    gc.collect()
+    left.fetch([2])
+    assert [read(pool, right.slot(f)) for f in (1, 2, 4, 5)] == [1.0, 2.0, 4.0, 5.0]
+    for timeline in (video, left, right):
+        timeline.release()
+    assert pool.stats().free_slots == 6 and pool.stats().free_host_slots == 5
+
+
+def test_offloading_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = make_pool(6, host_slots=2)
+    video = filled(pool, 4)
+    video.append(1)
+    before = (pool.stats(), dict(video._frames))
+    for frames, message in (
+        ([0, 1, 2], "3 host slots needed, 2 of 2 free"),
+        ([0, 4], "frame 4: frame not resident: layer 0"),
+        ([0, 9], "frame 9 was never appended"),
+    ):
+        with pytest.raises((PoolError, ShapeError), match=message):
+            video.offload(frames)
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("on purpose")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "copy_", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            video.offload([0])
+    assert (pool.stats(), dict(video._frames)) == before
+    video.offload([0, 0, 1])
+    video.offload([1])
+    assert video.offloaded_frames == [0, 1]
+    video.evict([1, 2])
+    assert pool.stats().free_host_slots == 1 and pool.stats().free_slots == 5
+    with pytest.raises(ShapeError, match="host_slots must be at least 0"):
+        make_pool(1, -1)
+
+
+def test_quantized_frames_are_offloaded_with_their_scales() -> None:
+    pool = FramePool(2, 4, 2, 3, 16, page_dtype=torch.int8, dtype=torch.float32, host_slots=2)
+    video = pool.timeline()
+    video.append(2)
+    for layer in range(2):
+        video.write(layer, 0, *(torch.randn(2, 8, 3, 16) * (1 + layer)))
+    before = [(pool.v(1)[s].clone(), pool.k_scales(1)[s].clone()) for s in map(video.slot, (0, 1))]
+    video.offload([0, 1])
+    pool._storage.zero_()
+    pool._scales.zero_()
+    video.fetch([1])
+    video.fetch([0])
+    for frame, (values, scales) in enumerate(before):
+        slot = video.slot(frame)
+        assert torch.equal(pool.v(1)[slot], values)
+        assert torch.equal(pool.k_scales(1)[slot], scales)
+
+
 class Saving(torch.autograd.Function):
     """Keeps the slots of a table for its backward, as an attention does."""
 
@@ -382,7 +469,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.pool = make_pool(16)
+        self.pool = make_pool(16, host_slots=4)
         self.live: list[tuple[Timeline, dict[int, float | None]]] = [(self.pool.timeline(), {})]
         self.tables: list[tuple[object, list[float]]] = []
         self.graphs: list[tuple[torch.Tensor, list[float]]] = []
@@ -390,6 +477,34 @@ class PoolMachine(RuleBasedStateMachine):
 
     def pick(self, data: st.DataObject) -> tuple[Timeline, dict[int, float | None]]:
         return self.live[data.draw(st.integers(0, len(self.live) - 1))]
+
+    def offloaded(self, timeline: Timeline, frames: Iterable[int]) -> bool:
+        """Whether some of the frames are, which then cannot be read or written."""
+        for frame in set(frames) & set(timeline.offloaded_frames):
+            with pytest.raises(ShapeError, match=f"frame {frame} is offloaded"):
+                timeline.slot(frame)
+            return True
+        return False
+
+    @rule(data=st.data())
+    def offload(self, data: st.DataObject) -> None:
+        timeline, model = self.pick(data)
+        frames = [f for f, value in model.items() if value is not None and data.draw(st.booleans())]
+        try:
+            timeline.offload(frames)
+        except PoolError:
+            return
+        assert set(frames) <= set(timeline.offloaded_frames)
+
+    @rule(data=st.data())
+    def fetch(self, data: st.DataObject) -> None:
+        timeline, model = self.pick(data)
+        frames = [f for f in model if data.draw(st.booleans())]
+        try:
+            timeline.fetch(frames)
+        except PoolError:
+            return
+        assert not set(frames) & set(timeline.offloaded_frames)
 
     @rule(data=st.data(), frames=st.integers(0, 3))
     def append(self, data: st.DataObject, frames: int) -> None:
@@ -411,6 +526,8 @@ class PoolMachine(RuleBasedStateMachine):
         first = data.draw(st.sampled_from(starts))
         values = [self.next_value + i for i in range(frames)]
         self.next_value += frames
+        if self.offloaded(timeline, range(first, first + frames)):
+            return
         try:
             write(timeline, first, values)
         except PoolError:
@@ -434,6 +551,8 @@ class PoolMachine(RuleBasedStateMachine):
     def routes(self, data: st.DataObject) -> None:
         timeline, model = self.pick(data)
         frames = [f for f in model if data.draw(st.booleans())]
+        if self.offloaded(timeline, frames):
+            return
         if any(model[f] is None for f in frames):
             with pytest.raises(ShapeError, match="not resident"):
                 [timeline.slot(f) for f in frames]
@@ -445,7 +564,8 @@ class PoolMachine(RuleBasedStateMachine):
     def write_together(self, data: st.DataObject) -> None:
         """One layer after the other, of the same frame of several timelines, in one batch."""
         frame = data.draw(st.integers(0, 8))
-        rows = [x for x in self.live if frame in x[1] and data.draw(st.booleans())]
+        here = [x for x in self.live if frame in x[1] and not self.offloaded(x[0], [frame])]
+        rows = [x for x in here if data.draw(st.booleans())]
         if not rows:
             return
         try:
@@ -467,7 +587,8 @@ class PoolMachine(RuleBasedStateMachine):
         rows = [x for x in self.live if x[0].num_frames == first and data.draw(st.booleans())]
         written = lambda model: [f for f, value in model.items() if value is not None]
         chosen = lambda model: [f for f in written(model) if data.draw(st.booleans())]
-        seen = [chosen(model) for _, model in rows]
+        here = lambda row: [f for f in chosen(row[1]) if f not in row[0].offloaded_frames]
+        seen = [here(row) for row in rows]
         lists = [[t.slot(f) for f in own] for (t, _), own in zip(rows, seen, strict=True)]
         expected = [m[f] for (_, m), own in zip(rows, seen, strict=True) for f in own]
         table = self.pool.routes(lists)
@@ -561,7 +682,7 @@ class PoolMachine(RuleBasedStateMachine):
             for frame, value in model.items():
                 used.add(timeline._frames[frame])
                 if value is not None:
-                    assert read(self.pool, timeline.slot(frame)) == value
+                    assert read(self.pool, timeline._frames[frame]) == value
         for table, values in self.tables:
             slots = table.tolist()[0]  # type: ignore[attr-defined]
             used |= set(slots)
@@ -571,7 +692,10 @@ class PoolMachine(RuleBasedStateMachine):
             slots = [s for s in slots if s >= 0]
             used |= set(slots)
             assert [read(self.pool, s) for s in slots] == values
-        assert self.pool.stats().free_slots == 16 - len(used)  # no slot leaked
+        here = sum(slot < 16 for slot in used)
+        stats = self.pool.stats()
+        assert stats.free_slots == 16 - here  # no slot leaked
+        assert stats.free_host_slots == 4 - (len(used) - here)
 
 
 PoolMachine.TestCase.settings = settings(

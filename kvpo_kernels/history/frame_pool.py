@@ -34,6 +34,9 @@ class PoolStats:
     slot_bytes: int  # of one frame, all layers, keys and values
     peak_slots: int  # the most that were ever held at once
     copied_slots: int  # frames copied because someone else held them
+    host_slots: int  # of offloaded frames
+    free_host_slots: int
+    host_bytes: int
 
 
 class FramePool:
@@ -50,6 +53,8 @@ class FramePool:
             16 bits. Frames are rounded when they are written (`quantize_frames`) and
             `routed_attention` reads them as they are, with `k_scales` and `v_scales`. None keeps
             `dtype`.
+        host_slots: frames that `Timeline.offload` can put into host memory, pinned where the pool
+            is on a GPU.
 
     Memory is `2 * num_layers * num_slots * frame_tokens * num_heads * head_dim` elements, taken
     once, and where it is quantized 4 bytes per frame, layer and head, twice. References are counted
@@ -66,6 +71,7 @@ class FramePool:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
         page_dtype: torch.dtype | None = None,
+        host_slots: int = 0,
     ) -> None:
         if page_dtype is not None and page_dtype not in LARGEST:
             raise DtypeError(f"page_dtype must be None or of {list(LARGEST)}, got {page_dtype}")
@@ -79,6 +85,8 @@ class FramePool:
         for name, size in sizes.items():
             if size < 1:
                 raise ShapeError(f"{name} must be at least 1, got {size}")
+        if host_slots < 0:
+            raise ShapeError(f"host_slots must be at least 0, got {host_slots}")
         self.num_slots = num_slots
         self.frame_tokens = frame_tokens
         self.num_layers = num_layers
@@ -86,24 +94,40 @@ class FramePool:
         self.head_dim = head_dim
         self.dtype = dtype
         """Of the frames that are written."""
+        page = (frame_tokens, num_heads, head_dim)
+        target = torch.device(device)
         self._storage = torch.zeros(
-            2,
-            num_layers,
-            num_slots,
-            frame_tokens,
-            num_heads,
-            head_dim,
-            dtype=page_dtype or dtype,
-            device=device,
+            2, num_layers, num_slots, *page, dtype=page_dtype or dtype, device=target
         )
         self._scales: Tensor | None = None
         if page_dtype is not None:
-            self._scales = torch.ones(2, num_layers, num_slots, num_heads, device=device)
+            self._scales = torch.ones(2, num_layers, num_slots, num_heads, device=target)
+        host = "cpu" if target.type == "cuda" else target  # meta stays meta
+        self._host_tensors = [
+            torch.zeros(
+                *t.shape[:2],
+                host_slots,
+                *t.shape[3:],
+                dtype=t.dtype,
+                device=host,
+                pin_memory=target.type == "cuda" and host_slots > 0,
+            )
+            for t in self._tensors()
+        ]
         self._all_layers = (1 << num_layers) - 1
-        self._timeline_refs = [0] * num_slots
-        self._table_refs = [0] * num_slots
-        self._written = [0] * num_slots  # bit l: layer l of the slot has been written
+        # By slot; those from `num_slots` on are of offloaded frames.
+        everywhere = num_slots + host_slots
+        self._timeline_refs = [0] * everywhere
+        self._table_refs = [0] * everywhere
+        self._written = [0] * everywhere  # bit l: layer l of the slot has been written
         self._free = list(range(num_slots - 1, -1, -1))
+        self._free_host = list(range(everywhere - 1, num_slots - 1, -1))
+        self._timelines: weakref.WeakSet[Timeline] = weakref.WeakSet()
+        # Of a GPU: where frames move, and slots whose move the compute stream has yet to wait for.
+        self._mover: torch.cuda.Stream | None = None
+        if target.type == "cuda":
+            self._mover = torch.cuda.Stream(target)  # type: ignore[no-untyped-call]
+        self._moving: dict[int, torch.cuda.Event] = {}
         self._fewest_free = num_slots
         self._copied_slots = 0
         self._lock = threading.RLock()
@@ -160,6 +184,7 @@ class FramePool:
                 for b, row in enumerate(rows):
                     for i, slot in enumerate(row):
                         self._check_resident(slot, f"route[branch={b}, slot={i}] = {slot}")
+                self._await(wanted)
                 for slot in wanted:
                     self._table_refs[slot] += 1
                 previous = set(held)
@@ -226,6 +251,8 @@ class FramePool:
                         slot = fresh
                     row.append(slot)
                 result.append(row)
+            self._await(slot for row in result for slot in row)
+            self._await(old for _, _, old, _ in moves)
             for _, _, old, new in moves:
                 if self._written[old]:
                     for tensor in self._tensors():
@@ -294,7 +321,11 @@ class FramePool:
             for timeline, frames in zip(timelines, gone, strict=True):
                 for frame in frames:
                     uses[timeline._frames[frame]] = uses.get(timeline._frames[frame], 0) + 1
-            alone = [slot for slot, n in uses.items() if self._timeline_refs[slot] == n]
+            alone = [
+                slot
+                for slot, n in uses.items()
+                if slot < self.num_slots and self._timeline_refs[slot] == n
+            ]
             # Of those that leave for good, only this pass may still read.
             leaving = [s for s in alone if self._table_refs[s] == 1 and s in table._held]
             freed = sum(self._table_refs[slot] == 0 for slot in alone)
@@ -359,12 +390,15 @@ class FramePool:
                 num_slots=self.num_slots,
                 free_slots=len(self._free),
                 shared_slots=sum(self._references(s) > 1 for s in range(self.num_slots)),
-                timeline_slots=sum(n > 0 for n in self._timeline_refs),
+                timeline_slots=sum(n > 0 for n in self._timeline_refs[: self.num_slots]),
                 table_slots=sum(n > 0 for n in self._table_refs),
                 bytes=sum(t.nbytes for t in self._tensors()),
                 slot_bytes=sum(t.nbytes for t in self._tensors()) // self.num_slots,
                 peak_slots=self.num_slots - self._fewest_free,
                 copied_slots=self._copied_slots,
+                host_slots=self._host_tensors[0].shape[2],
+                free_host_slots=len(self._free_host),
+                host_bytes=sum(t.nbytes for t in self._host_tensors),
             )
 
     def _tensors(self) -> list[Tensor]:
@@ -396,6 +430,7 @@ class FramePool:
     def _take(self) -> int:
         slot = self._free.pop()
         self._fewest_free = min(self._fewest_free, len(self._free))
+        self._await([slot])
         self._timeline_refs[slot] = 1
         self._written[slot] = 0
         return slot
@@ -403,14 +438,77 @@ class FramePool:
     def _drop_frames(self, slots: Iterable[int]) -> None:
         for slot in slots:
             self._timeline_refs[slot] -= 1
-            if self._references(slot) == 0:
-                self._free.append(slot)
+            self._free_if_unused(slot)
 
     def _drop_table(self, slots: Iterable[int]) -> None:
         for slot in slots:
             self._table_refs[slot] -= 1
-            if self._references(slot) == 0:
-                self._free.append(slot)
+            self._free_if_unused(slot)
+
+    def _free_if_unused(self, slot: int) -> None:
+        if self._references(slot) == 0:
+            (self._free if slot < self.num_slots else self._free_host).append(slot)
+
+    def _move(self, slots: Sequence[int], to_host: bool) -> None:
+        """Move frames of timelines between device and host, for all timelines that share them."""
+        # Held here, none of them can die between the queue's settling and the change of its slots.
+        alive = list(self._timelines)
+        self._settle()
+        free = self._free_host if to_host else self._free
+        if len(slots) > len(free):
+            if not to_host:
+                raise self._exhausted(len(slots))
+            raise PoolError(
+                f"frame pool: {len(slots)} host slots needed, {len(free)} of"
+                f" {self._host_tensors[0].shape[2]} free"
+            )
+        moves = dict(zip(slots, free[len(free) - len(slots) :][::-1], strict=True))
+        if not to_host:
+            self._await(moves.values())
+        self._copy(moves)  # may fail: nothing has changed yet
+        for old, new in moves.items():
+            free.pop()
+            self._timeline_refs[new], self._timeline_refs[old] = self._timeline_refs[old], 0
+            self._written[new] = self._written[old]
+            self._free_if_unused(old)  # a table may still read it
+        self._fewest_free = min(self._fewest_free, len(self._free))
+        for timeline in alive:
+            for frame, slot in timeline._frames.items():
+                timeline._frames[frame] = moves.get(slot, slot)
+
+    def _copy(self, moves: dict[int, int]) -> None:
+        """From slot to slot across device and host; on a GPU behind what was launched before."""
+        if self._mover is None:
+            self._copy_now(moves)
+            return
+        self._mover.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._mover):
+            self._copy_now(moves)
+            done = self._mover.record_event()
+        for slot in (*moves, *moves.values()):
+            if slot < self.num_slots:
+                self._moving[slot] = done
+
+    def _copy_now(self, moves: dict[int, int]) -> None:
+        for on_device, on_host in zip(self._tensors(), self._host_tensors, strict=True):
+            for old, new in moves.items():
+                source, target = (
+                    (on_device, on_host) if old < self.num_slots else (on_host, on_device)
+                )
+                old_at = old if old < self.num_slots else old - self.num_slots
+                new_at = new if new < self.num_slots else new - self.num_slots
+                for part in range(2):  # piece by piece: contiguous ones need no staging
+                    for layer in range(self.num_layers):
+                        piece = source[part, layer, old_at]
+                        target[part, layer, new_at].copy_(piece, non_blocking=True)
+
+    def _await(self, slots: Iterable[int]) -> None:
+        """Let the current stream wait for moves of these slots; the host does not."""
+        if self._moving:
+            for slot in slots:
+                done = self._moving.pop(slot, None)
+                if done is not None:
+                    torch.cuda.current_stream(self.device).wait_event(done)
 
     def _settle(self) -> None:
         while self._dropped_timelines:
@@ -424,7 +522,7 @@ class FramePool:
         tables_only = sum(
             t > 0 and r == 0 for t, r in zip(self._table_refs, self._timeline_refs, strict=True)
         )
-        held = sum(n > 0 for n in self._timeline_refs)
+        held = sum(n > 0 for n in self._timeline_refs[: self.num_slots])
         return PoolError(
             f"frame pool: {needed} slots needed, {len(self._free)} of {self.num_slots} free; {held}"
             f" held by timelines, {tables_only} by route tables or pending backwards only"
@@ -444,6 +542,7 @@ class Timeline:
         self._num_frames = num_frames
         self._finalizer = weakref.finalize(self, pool._dropped_timelines.append, frames)
         self._finalizer.atexit = False
+        pool._timelines.add(self)
 
     @property
     def num_frames(self) -> int:
@@ -538,11 +637,13 @@ class Timeline:
         """The slot of a resident frame.
 
         Raises:
-            ShapeError: the frame is evicted, not yet appended or not yet written in every layer.
+            ShapeError: the frame is evicted, offloaded, not yet appended or not yet written in
+                every layer.
         """
         with self._pool._lock:
             slot = self._slot(frame)
             self._pool._check_resident(slot, f"frame {frame}")
+            self._pool._await([slot])
             return slot
 
     def window(self, sink: int, local: int) -> list[int]:
@@ -582,6 +683,50 @@ class Timeline:
             gone = [frame for frame in self._frames if frame not in wanted]
             pool._drop_frames([self._frames.pop(frame) for frame in gone])
 
+    def offload(self, frames: Iterable[int]) -> None:
+        """Move frames to host memory and free their slots, for all timelines that share them.
+
+        A route table keeps its slots until it is gone. On a GPU the move runs beside what is
+        launched later; a slot is not written to before its frame has left.
+
+        Args:
+            frames: absolute; those that are offloaded already are ignored.
+
+        Raises:
+            ShapeError: a frame that is not held or not yet written in every layer.
+            PoolError: not enough free host slots. Nothing has changed then, nor where a copy fails.
+        """
+        with self._pool._lock:
+            slots = self._slots_of(frames)
+            for frame, slot in slots.items():
+                self._pool._check_resident(slot, f"frame {frame}")
+            here = [s for s in dict.fromkeys(slots.values()) if s < self._pool.num_slots]
+            self._pool._move(here, to_host=True)
+
+    def fetch(self, frames: Iterable[int]) -> None:
+        """Bring offloaded frames back, for all timelines that share them.
+
+        Ask for them a block ahead: on a GPU the move runs beside what is launched before the first
+        table that names them, and nothing but that waits for it.
+
+        Args:
+            frames: absolute; those that are not offloaded are ignored.
+
+        Raises:
+            ShapeError: a frame that is not held.
+            PoolError: not enough free slots. Nothing has changed then, nor where a copy fails.
+        """
+        with self._pool._lock:
+            slots = self._slots_of(frames)
+            there = [s for s in dict.fromkeys(slots.values()) if s >= self._pool.num_slots]
+            self._pool._move(there, to_host=False)
+
+    @property
+    def offloaded_frames(self) -> list[int]:
+        """Absolute indices of the frames in host memory."""
+        with self._pool._lock:
+            return [f for f, s in self._frames.items() if s >= self._pool.num_slots]
+
     def release(self) -> None:
         """Drop all frames. The timeline cannot be used afterwards; a second call does nothing."""
         with self._pool._lock:
@@ -590,6 +735,16 @@ class Timeline:
                 self._frames.clear()
 
     def _slot(self, frame: int) -> int:
+        """On the device."""
+        slot = self._slots_of([frame])[frame]
+        if slot >= self._pool.num_slots:
+            raise ShapeError(f"frame {frame} is offloaded: fetch it first")
+        return slot
+
+    def _slots_of(self, frames: Iterable[int]) -> dict[int, int]:
+        return {frame: self._anywhere(frame) for frame in frames}
+
+    def _anywhere(self, frame: int) -> int:
         slot = self._frames.get(frame)
         if slot is None:
             self._check_of(self._pool, "timeline")
