@@ -6,7 +6,7 @@ from tolerance import assert_as_accurate
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvpo_kernels import RouteTable, routed_attention
+from kvpo_kernels import RouteTable, quantize_frames, routed_attention
 
 NAMES = ("out", "lse", "grad_q", "grad_k_live", "grad_v_live")
 Inputs = tuple[Tensor, ...]
@@ -73,6 +73,43 @@ def check_accuracy(case: RoutedCase, dtype: torch.dtype, backend: str, device: s
     table = RouteTable(case.slot_lists(), case.F, device, allow_duplicates=case.repeats)
     actual = results(tuple(t.to(device) for t in inputs), table, backend)
     assert_accuracy(case, inputs, tuple(t.cpu() for t in actual))
+
+
+def quantized(inputs: Inputs, page: torch.dtype) -> tuple[Inputs, dict[str, Tensor]]:
+    """The inputs over quantized pools whose frames differ in size, and the scales."""
+    q, k_pool, v_pool, *live = inputs
+    sizes = torch.logspace(-2, 1, k_pool.shape[0])[:, None, None, None]
+    (k, k_scales), (v, v_scales) = (
+        quantize_frames(pool.float() * factor, page)
+        for pool, factor in ((k_pool, sizes.flip(0)), (v_pool, sizes))
+    )
+    return (q, k, v, *live), {"k_scales": k_scales, "v_scales": v_scales}
+
+
+def widened(inputs: Inputs, scales: dict[str, Tensor], dtype: torch.dtype) -> Inputs:
+    """The same problem over pools of a float dtype."""
+    pools = (
+        (pool.double() * scale.double()[:, None, :, None]).to(dtype)
+        for pool, scale in zip(inputs[1:3], scales.values(), strict=True)
+    )
+    return (inputs[0].to(dtype), *pools, *(t.to(dtype) for t in inputs[3:]))
+
+
+def check_quantized(
+    case: RoutedCase, dtype: torch.dtype, page: torch.dtype, backend: str, device: str = "cpu"
+) -> None:
+    """As accurate against float64 as torch is that widens the pages to the dtype of q."""
+    inputs, scales = quantized(case.inputs(dtype), page)
+    table = RouteTable(case.slot_lists(), case.F, device, allow_duplicates=case.repeats)
+    there = {name: scale.to(device) for name, scale in scales.items()}
+    actual = results(tuple(t.to(device) for t in inputs), table, backend, **there)
+    actual, table = tuple(t.cpu() for t in actual), case.table()
+    truth = results(widened(inputs, scales, torch.float64), table, "reference")
+    same = results_of_torch(widened(inputs, scales, dtype), table)
+    wide = results(widened(inputs, scales, torch.float32), table, "reference")
+    same = (same[0], wide[1], *same[2:])
+    for name, a, s, t in zip(NAMES, actual, same, truth, strict=True):
+        assert_as_accurate(name, a, s, t, slack=3.0 if "grad" in name else 2.0)
 
 
 def check_bits_of_rows(

@@ -403,6 +403,18 @@ def test_offloaded_frames_come_back() -> None:
     assert pool.stats().free_slots == 6 and pool.stats().free_host_slots == 5
 
 
+def test_advance_does_not_count_on_offloaded_frames() -> None:
+    pool = make_pool(3, host_slots=1)
+    video = filled(pool, 3)
+    video.offload([0])
+    table = pool.routes([[]])
+    with pytest.raises(PoolError, match="2 slots needed, 1 of 3 free"):
+        pool.advance([video], 2, [1, 2], table)
+    assert video.resident_frames == [0, 1, 2]
+    pool.advance([video], 1, [1, 2], table)
+    assert pool.stats().free_host_slots == 1 and pool.stats().free_slots == 0
+
+
 def test_offloading_is_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = make_pool(6, host_slots=2)
     video = filled(pool, 4)

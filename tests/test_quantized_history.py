@@ -5,15 +5,14 @@ import math
 import pytest
 import torch
 from attention_checks import (
-    Inputs,
     assert_same_bits,
+    check_quantized,
     output_weight,
+    quantized,
     results,
-    results_of_torch,
+    widened,
 )
 from cases import ROUTED, RoutedCase
-from tolerance import assert_as_accurate
-from torch import Tensor
 
 from kvpo_kernels import (
     BackendUnavailable,
@@ -42,52 +41,18 @@ RUNNING = [n for n, why in explain("routed_attention", page_dtype=PAGES[0]).item
 each_backend = pytest.mark.parametrize("backend", RUNNING)
 
 
-def quantized(inputs: Inputs, page: torch.dtype) -> tuple[Inputs, dict[str, Tensor]]:
-    """The inputs over quantized pools whose frames differ in size, and the scales."""
-    q, k_pool, v_pool, *live = inputs
-    sizes = torch.logspace(-2, 1, k_pool.shape[0])[:, None, None, None]
-    (k, k_scales), (v, v_scales) = (
-        quantize_frames(pool.float() * factor, page)
-        for pool, factor in ((k_pool, sizes.flip(0)), (v_pool, sizes))
-    )
-    return (q, k, v, *live), {"k_scales": k_scales, "v_scales": v_scales}
-
-
-def widened(inputs: Inputs, scales: dict[str, Tensor], dtype: torch.dtype) -> Inputs:
-    """The same problem over pools of a float dtype."""
-    pools = (
-        (pool.double() * scale.double()[:, None, :, None]).to(dtype)
-        for pool, scale in zip(inputs[1:3], scales.values(), strict=True)
-    )
-    return (inputs[0].to(dtype), *pools, *(t.to(dtype) for t in inputs[3:]))
-
-
-def check(case: RoutedCase, dtype: torch.dtype, page: torch.dtype, backend: str) -> None:
-    """As accurate against float64 as torch is that widens the pages to the dtype of q."""
-    inputs, scales = quantized(case.inputs(dtype), page)
-    table = case.table()
-    actual = results(inputs, table, backend, **scales)
-    truth = results(widened(inputs, scales, torch.float64), table, "reference")
-    same = results_of_torch(widened(inputs, scales, dtype), table)
-    wide = results(widened(inputs, scales, torch.float32), table, "reference")
-    same = (same[0], wide[1], *same[2:])
-    names = ("out", "lse", "grad_q", "grad_k_live", "grad_v_live")
-    for name, a, s, t in zip(names, actual, same, truth, strict=True):
-        assert_as_accurate(name, a, s, t, slack=3.0 if "grad" in name else 2.0)
-
-
 @each_page
 @each_dtype
 @each_case
 def test_cpu(case: RoutedCase, dtype: torch.dtype, page: torch.dtype, isa: str) -> None:
-    check(case, dtype, page, "cpu")
+    check_quantized(case, dtype, page, "cpu")
 
 
 @each_page
 @each_dtype
 @each_case
 def test_triton(case: RoutedCase, dtype: torch.dtype, page: torch.dtype) -> None:
-    check(case, dtype, page, "triton")
+    check_quantized(case, dtype, page, "triton")
 
 
 @each_page

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvpo_kernels import RouteTable, routed_attention
+from kvpo_kernels import RouteTable, quantize_frames, routed_attention
 from kvpo_kernels.bench import machine
 from kvpo_kernels.bench.comparison import Baselines, Call, Comparison, Record
 from kvpo_kernels.bench.timing import Timing, interleaved
@@ -34,6 +34,8 @@ class Case:
     heads: int = 12
     head_size: int = 128
     pool_frames: int = 64
+    page: str = ""
+    """"" for frames in the dtype of the queries, else what they are quantized to."""
 
     def smaller(self) -> "Case":
         """The same on a CPU."""
@@ -56,6 +58,8 @@ CASES = (
     Case("1350-tokens", frame_tokens=1350),
     Case("3600-tokens", frame_tokens=3600, branches=2),
     Case("d64", head_size=64),
+    Case("int8", page="int8"),
+    Case("float8", page="float8_e4m3fn"),
 )
 
 # Baseline time over ours, at least; memory likewise.
@@ -95,17 +99,32 @@ class Workload:
         self.table = RouteTable(self.routes, case.pool_frames, device)
         self.index = torch.tensor(self.routes, device=device)
         self.leaves = [t.requires_grad_() for t in (self.q, self.k_live, self.v_live)]
+        self.pages = (self.k_pool, self.v_pool)
+        self.scales: tuple[Tensor | None, Tensor | None] = (None, None)
+        if case.page:
+            (k, k_scales), (v, v_scales) = (
+                quantize_frames(pool, getattr(torch, case.page)) for pool in self.pages
+            )
+            self.pages, self.scales = (k, v), (k_scales, v_scales)
+            # What `plain` reads is what the pages stand for.
+            self.k_pool, self.v_pool = (
+                (page.float() * scale[:, None, :, None]).to(dtype)
+                for page, scale in ((k, k_scales), (v, v_scales))
+            )
 
     def ours(self, rows: slice = slice(None), table: RouteTable | None = None) -> Tensor:
+        live = (self.k_live[rows], self.v_live[rows])
         return routed_attention(
-            self.q[rows],
-            self.k_pool,
-            self.v_pool,
-            table or self.table,
-            self.k_live[rows],
-            self.v_live[rows],
+            *(self.q[rows], *self.pages, table or self.table, *live),
+            k_scales=self.scales[0],
+            v_scales=self.scales[1],
             backend=self.backend,
         )
+
+    def plain(self) -> Tensor:
+        """Ours over frames that are not quantized."""
+        pools, live = (self.k_pool, self.v_pool), (self.k_live, self.v_live)
+        return routed_attention(*(self.q, *pools, self.table, *live), backend=self.backend)
 
     def joined(self, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Keys and values of the rows, copied together, `[B, H, K, D]`."""
@@ -243,7 +262,10 @@ class Bench(Comparison):
         def add(id: str, name: str, call: Call, *contexts: Any) -> None:
             others[id] = (name, lambda: _without_grad(call, *contexts))
 
-        add("F1", f"{dense}, keys already joined", lambda: work.dense(k, v), first)
+        if case.page:
+            add("F7", "ours, frames of 16 bits", work.plain)
+        else:
+            add("F1", f"{dense}, keys already joined", lambda: work.dense(k, v), first)
         if not case.variant:
             add("F2", f"keys joined, {dense}", lambda: work.dense(*work.joined()), first)
             add("F3", f"per branch: keys joined, {flash}", work.loop, per_branch)
@@ -291,6 +313,9 @@ class Bench(Comparison):
                 f"FlashAttention-2, {name}",
                 functools.partial(of, _flash, _deterministic),
             )
+        if self.case.page:
+            plain = lambda: _backward_of(work.plain, work.leaves, work.grad_out)
+            others = {"B3": ("ours, frames of 16 bits", plain)}
         flops = work.flops(3, work.keys) + work.flops(4, work.live)
         ours = _backward_of(work.ours, work.leaves, work.grad_out)
         yield from self.compare(ours, others, flops)
@@ -341,6 +366,8 @@ def parts(
 ) -> Iterator[tuple[str, Callable[[], Iterator[Record]]]]:
     """What is measured, each on its own so that one that fails leaves the others."""
     for case in CASES[:1] if quick else CASES:
+        if case.page and backend in ("gluon", "flash_attn"):
+            continue  # they read no quantized frames
         sized = case if device == "cuda" else case.smaller()
         make = functools.partial(Bench, sized, torch.bfloat16, device, backend, quick)
         label = case.variant or "main"

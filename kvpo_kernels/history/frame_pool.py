@@ -370,7 +370,8 @@ class FramePool:
                     f"{name} must be {self.dtype} on {self.device} like the pool, got"
                     f" {tensor.dtype} on {tensor.device}"
                 )
-        index = slots.reshape(-1).to(self.device)
+        # From pageable memory the driver takes its own copy first: nothing waits, nothing is lost.
+        index = slots.reshape(-1).to(self.device, non_blocking=True)
         store_frames(self.k(layer), self.k_scales(layer), index, k.reshape(B * frames, *page))
         store_frames(self.v(layer), self.v_scales(layer), index, v.reshape(B * frames, *page))
         self.mark_written(layer, slots)

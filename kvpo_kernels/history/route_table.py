@@ -53,7 +53,7 @@ class RouteTable:
             if isinstance(slot_lists, Tensor)
             else max((len(row) for row in rows), default=0)
         )
-        self.slots = self._padded(rows).to(target)
+        self.slots = self._padded(rows).to(target, non_blocking=True)
         # Of a table made by a pool: how it takes references to slots, and those it has.
         self._lease: Callable[[Rows], None] | None = None
         self._held: set[int] | None = None
@@ -83,7 +83,7 @@ class RouteTable:
         padded = self._padded(rows)
         if self._lease is not None:
             self._lease(rows)
-        self.slots.copy_(padded)
+        self.slots.copy_(padded, non_blocking=True)
 
     def tolist(self) -> Rows:
         """The routes as ragged lists (synchronises where the table is on a GPU)."""

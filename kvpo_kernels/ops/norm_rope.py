@@ -232,7 +232,7 @@ def qk_norm_rope_write(
         raise ShapeError("qk_norm_rope_write has no backward: call it under torch.no_grad()")
     if k_scales is not None:  # a scale needs the whole frame first
         new_q, new_k = _forward(q, k, q_weight, k_weight, cos, sin, eps, name)
-        index = slots.reshape(-1).to(q.device)
+        index = slots.reshape(-1).to(q.device, non_blocking=True)
         page = (index.numel(), *k_pool.shape[1:])
         store_frames(k_pool, k_scales, index, new_k.reshape(page))
         store_frames(v_pool, v_scales, index, v.reshape(page))

@@ -10,6 +10,7 @@ from attention_checks import (
     assert_same_bits,
     check_accuracy,
     check_bits_of_rows,
+    check_quantized,
     output_weight,
     results,
 )
@@ -58,6 +59,15 @@ def test_as_accurate_as_torch(case: RoutedCase, dtype: torch.dtype, backend: str
 @pytest.mark.parametrize("case", ROUTED, ids=lambda c: c.name)
 def test_triton_takes_every_shape(case: RoutedCase, dtype: torch.dtype) -> None:
     check_accuracy(case, dtype, "triton", "cuda")
+
+
+@each_dtype
+@pytest.mark.parametrize("page", [torch.int8, torch.float8_e4m3fn], ids=["int8", "float8"])
+@pytest.mark.parametrize("case", HOPPER, ids=lambda c: c.name)
+def test_triton_reads_quantized_frames(
+    case: RoutedCase, dtype: torch.dtype, page: torch.dtype
+) -> None:
+    check_quantized(case, dtype, page, "triton", "cuda")
 
 
 @each_dtype

@@ -120,7 +120,8 @@ def write(
     eps: float,
 ) -> Tensor:
     """Return q'; k' and v go into the slots of the pool."""
-    _launch(k, k_weight, cos, sin, eps, k_pool, v.contiguous(), v_pool, slots.to(k.device))
+    slots = slots.to(k.device, non_blocking=True)
+    _launch(k, k_weight, cos, sin, eps, k_pool, v.contiguous(), v_pool, slots)
     return _forward(q, q_weight, cos, sin, eps)
 
 
