@@ -9,6 +9,7 @@ Run: `python benchmarks/quantized_history.py [--quick]` writes JSON under benchm
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def _with_prefix_in(generator: Generator, rollout: Rollout) -> Rollout:
         for layer in range(old.num_layers):
             copy.write(layer, prefix.resident_frames[0], old.k(layer)[slots], old.v(layer)[slots])
         prefixes.append(copy)
-    return Rollout(**{**vars(rollout), "pool": pool, "prefixes": prefixes})
+    return replace(rollout, pool=pool, prefixes=prefixes)
 
 
 def compared(exact: Tensor, other: Tensor) -> dict[str, float]:

@@ -158,9 +158,7 @@ KVPO_INLINE Broadcasts along_head(const T* from, int64_t token, int keys, int he
                                   float* converted) {
   if (kElement == Element::kBf16Pair || sizeof(T) == sizeof(float))
     return {from, static_cast<ptrdiff_t>(token * sizeof(T))};
-  for (int t = 0; t < keys; ++t)
-    for (int d = 0; d < head_size; d += kWidth)
-      store(converted + t * head_size + d, load(from + t * token + d));
+  widen(from, token, keys, head_size, converted);
   return {converted, static_cast<ptrdiff_t>(head_size * sizeof(float))};
 }
 

@@ -232,9 +232,9 @@ def memory(run: Run, way: Way) -> dict[str, float]:
         shared = min(
             max(run.starts), SINK + candidates - 3 * (run.routing.perturbed_blocks - 1) + 1
         )
-        frame = run.frame_bytes if run.history == "bfloat16" else run.frame_bytes / ELEMENT
-        if run.history != "bfloat16":
-            frame += 2 * s.layers * s.heads * 4  # a scale each
+        scales = 2 * s.layers * s.heads * 4
+        small = run.frame_bytes / ELEMENT + scales
+        frame = run.frame_bytes if run.history == "bfloat16" else small
         history = float((shared + rows * LOCAL) * frame)
         kept = run.micro_batch
     else:

@@ -221,11 +221,9 @@ class FramePool:
         frames = range(first_frame, first_frame + num_frames)
         with self._lock:
             self._settle()
+            self._check_rows(timelines)
             uses: dict[int, int] = {}
-            for b, timeline in enumerate(timelines):
-                timeline._check_of(self, f"timelines[{b}]")
-                if any(timeline is other for other in timelines[:b]):
-                    raise ShapeError(f"timelines[{b}] is named twice")
+            for timeline in timelines:
                 for frame in frames:
                     slot = timeline._slot(frame)
                     uses[slot] = uses.get(slot, 0) + 1
@@ -297,10 +295,8 @@ class FramePool:
         """
         if num_frames < 0:
             raise ShapeError(f"num_frames must be at least 0, got {num_frames}")
+        self._check_rows(timelines)
         for b, timeline in enumerate(timelines):
-            timeline._check_of(self, f"timelines[{b}]")
-            if any(timeline is other for other in timelines[:b]):
-                raise ShapeError(f"timelines[{b}] is named twice")
             if timeline.num_frames != timelines[0].num_frames:
                 raise ShapeError(
                     f"timelines[{b}] has {timeline.num_frames} frames, timelines[0] has"
@@ -401,6 +397,12 @@ class FramePool:
                 free_host_slots=len(self._free_host),
                 host_bytes=sum(t.nbytes for t in self._host_tensors),
             )
+
+    def _check_rows(self, timelines: Sequence["Timeline"]) -> None:
+        for b, timeline in enumerate(timelines):
+            timeline._check_of(self, f"timelines[{b}]")
+            if any(timeline is other for other in timelines[:b]):
+                raise ShapeError(f"timelines[{b}] is named twice")
 
     def _tensors(self) -> list[Tensor]:
         """Everything that a slot holds; `[2, layers, F, ...]` each."""
