@@ -21,7 +21,7 @@ def forward(
     *objective, needs_grad = options
     pred, target, step_weights = pred.contiguous(), target.contiguous(), weights.flatten().tolist()
     grad = torch.empty_like(pred) if needs_grad else pred.new_empty(0)
-    numbers = old_scores.new_empty(7 + 5 * len(old_scores))
+    numbers = old_scores.new_empty(7 + 5 * pred.shape[0])
     _native.tve_grpo(  # type: ignore[call-arg]
         view(pred),
         view(target),
