@@ -24,11 +24,12 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from denoise_graph import CudaGraphs
 from pooled_trainer import Pooled
 from run import environment
 from todays_trainer import Today
@@ -41,8 +42,16 @@ from kvpo_kernels.cost.sizes import SIZES
 
 PHASES = ("prefix", "rollout", "replay", "replay, old", "replay, initial", "gradient", "optimizer")
 BARS = {"cuda": {"time": 2.5, "memory": 1 / 0.35}, "cpu": {"time": 2.0}}
-WAYS: dict[str, type[Trainer]] = {"today": Today, "ours": Pooled}
 Seconds = dict[str, float]
+Way = Callable[[Problem], Trainer]
+
+
+def pooled(problem: Problem) -> Pooled:
+    """Denoise steps are replayed where there are CUDA graphs."""
+    return Pooled(problem, CudaGraphs() if problem.device.type == "cuda" else None)
+
+
+WAYS: dict[str, Way] = {"today": Today, "ours": pooled}
 
 
 class Stopwatch:
@@ -120,7 +129,7 @@ def agree(device: str) -> None:
     assert max(found.values()) < 1e-3, found
 
 
-def counts(problem: Problem, way: type[Trainer]) -> dict[str, float]:
+def counts(problem: Problem, way: Way) -> dict[str, float]:
     """Per iteration."""
     trainer = way(problem)
     with Counter() as counter:
@@ -135,7 +144,7 @@ def counts(problem: Problem, way: type[Trainer]) -> dict[str, float]:
     return {name: n / 2 for name, n in found.items()}
 
 
-def peak_bytes(problem: Problem, way: type[Trainer]) -> int:
+def peak_bytes(problem: Problem, way: Way) -> int:
     """The most memory that a window holds beyond the problem, the trainer's weights included."""
     gc.collect()
     if problem.device.type == "cuda":

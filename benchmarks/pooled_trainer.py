@@ -1,20 +1,24 @@
 """A KVPO iteration over this library.
 
-One frame pool, branches in one batch, attention that reads frames in place, energies
-without a graph and then one block-step at a time, and no replay of an old policy that is the
-current one. The contexts of the second pass are remade block by block, not kept from the first.
+One frame pool, branches in one batch, attention that reads frames in place, denoise steps that are
+replays of CUDA graphs, energies without a graph of autograd and then one block-step at a time, and
+no replay of an old policy that is the current one. The contexts of the second pass are remade block
+by block, not kept from the first.
 """
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from denoise_graph import Capture, DenoiseGraph
 from torch import Tensor, nn
 from trainers import GRADIENT_STEPS, SIGMAS, WEIGHTS, Clock, Problem, Trainer
 from wan import Transformer
 
 from kvpo_kernels import (
     FramePool,
+    RopeTable,
     RouteTable,
     Timeline,
     TrajectoryEnergies,
@@ -49,15 +53,22 @@ def _window(first: int) -> set[int]:
 
 
 class Pooled(Trainer):
-    """All branches in one batch over one pool."""
+    """All branches in one batch over one pool.
 
-    def __init__(self, problem: Problem) -> None:
+    `capture` is how denoise steps are captured; None launches each.
+    """
+
+    def __init__(self, problem: Problem, capture: Capture | None = None) -> None:
         super().__init__(problem)
         p = problem
         # The prefix, and of each branch and the anchor the local window.
         slots = p.plan.start_frame + (p.routing.num_branches + 1) * LOCAL
         sizes = (slots, p.size.frame_tokens, p.size.layers, p.size.heads, p.size.head_dim)
         self.pool = FramePool(*sizes, dtype=p.dtype, device=p.device)
+        self._capture = capture
+        self._graphs: dict[tuple[Transformer, int], DenoiseGraph] = {}
+        self._grid = (3, *p.size.grid)
+        self._fixed_rope = RopeTable(p.size.head_dim, device=p.device, in_place=True)
 
     def iteration(self, clock: Clock, synced: bool) -> None:
         p = self.problem
@@ -158,13 +169,37 @@ class Pooled(Trainer):
     def _x0(
         self, policy: Transformer, first: int, sigma: float, context: Context, x: Tensor
     ) -> Tensor:
-        p, pool, grid = self.problem, self.pool, (3, *self.problem.size.grid)
+        if self._capture is None or torch.is_grad_enabled():
+            table, rope = context.table, self.problem.rope
+            return x - sigma * self._velocity(policy, x, sigma, table, rope, first)
+        graph = self._graph(policy, x, self._capture)
+        return x - sigma * graph(x, sigma, context.table, first)
+
+    def _graph(self, policy: Transformer, x: Tensor, capture: Capture) -> DenoiseGraph:
+        key = (policy, len(x))
+        if key not in self._graphs:
+            velocity = functools.partial(self._velocity, policy)
+            sizes = (SINK + LOCAL, self.pool.num_slots)
+            angles = (self._fixed_rope, self._grid)
+            self._graphs[key] = DenoiseGraph(velocity, x, *sizes, *angles, capture)
+        return self._graphs[key]
+
+    def _velocity(
+        self,
+        policy: Transformer,
+        x: Tensor,
+        sigma: float | Tensor,
+        table: RouteTable,
+        rope: RopeTable,
+        first: int,
+    ) -> Tensor:
+        p, pool = self.problem, self.pool
 
         def attend(layer: int, block: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = qk_norm_rope(q, k, block.q_norm, block.k_norm, p.rope, first, grid=grid)
-            return routed_attention(q, pool.k(layer), pool.v(layer), context.table, k, v)
+            q, k = qk_norm_rope(q, k, block.q_norm, block.k_norm, rope, first, grid=self._grid)
+            return routed_attention(q, pool.k(layer), pool.v(layer), table, k, v)
 
-        return x - sigma * policy(x, sigma, p.text, attend, p.checkpoint_layers)
+        return policy(x, sigma, p.text, attend, p.checkpoint_layers)
 
     def _commit(
         self,
@@ -176,11 +211,11 @@ class Pooled(Trainer):
         keep: Iterable[int],
     ) -> None:
         """The context pass: keys and values take the slots of the frames that leave."""
-        p, pool, grid = self.problem, self.pool, (3, *self.problem.size.grid)
+        p, pool = self.problem, self.pool
         _, slots = pool.advance(rows, 3, keep, context.table)
 
         def attend(layer: int, block: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k = qk_norm_rope(q, k, block.q_norm, block.k_norm, p.rope, first, grid=grid)
+            q, k = qk_norm_rope(q, k, block.q_norm, block.k_norm, p.rope, first, grid=self._grid)
             attended = routed_attention(q, pool.k(layer), pool.v(layer), context.table, k, v)
             pool.write(layer, slots, k, v)  # after the last look at what was there
             return attended

@@ -85,7 +85,7 @@ class Transformer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        sigma: float,
+        sigma: float | Tensor,
         text: list[tuple[Tensor, Tensor]],
         attend: Attend,
         checkpoint_layers: bool = False,

@@ -9,6 +9,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import iteration
 import layer
+import pooled_trainer
+import tape
 import todays_trainer
 import trainers
 
@@ -42,6 +44,16 @@ def test_ours_copies_waits_and_moves_less() -> None:
     assert ours["copied_bytes"] < today["copied_bytes"] / 50
     # Waits of ours: the gradient's norm and what is per rollout; of today's: two per layer.
     assert ours["syncs"] * 20 < today["syncs"]
+
+
+def test_replayed_denoise_steps_are_the_launched_ones() -> None:
+    p, found = problem(3, False), []
+    for capture in (None, tape.capture):
+        trainer = pooled_trainer.Pooled(p, capture)
+        for synced in (True, False):  # the weights have moved: the second reads them in place
+            trainer.iteration(iteration.Stopwatch(p.device), synced)
+        found.append((trainer.scores, [w.grad for w in trainer.policy.parameters()]))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_one_layer_of_both_agrees() -> None:

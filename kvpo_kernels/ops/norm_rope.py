@@ -67,6 +67,8 @@ class RopeTable:
         max_height, max_width: size of the largest token grid.
         theta: 10000 in Wan.
         device: of the tables.
+        in_place: `tokens` hands out the same memory for every block of a grid, filled for the one
+            last asked for: what a captured CUDA graph reads. Ask for the next block, then replay.
 
     Source: Su et al. (arXiv:2104.09864); the axis split of Wan (arXiv:2503.20314).
     """
@@ -79,6 +81,7 @@ class RopeTable:
         max_width: int = 64,
         theta: float = 10000.0,
         device: torch.device | str = "cpu",
+        in_place: bool = False,
     ) -> None:
         if head_dim < 2 or head_dim % 2:
             raise ShapeError(f"head_dim must be even and at least 2, got {head_dim}")
@@ -90,6 +93,8 @@ class RopeTable:
         self._pairs = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
         self._device = torch.device(device)
         self._grids: dict[tuple[int, int, int, int, bool], tuple[Tensor, Tensor]] = {}
+        self.in_place = in_place
+        self._filled: dict[tuple[int, int, int, bool], tuple[int, tuple[Tensor, Tensor]]] = {}
 
     def tokens(
         self, first_frame: int, grid: tuple[int, int, int], wide: bool = False
@@ -107,7 +112,20 @@ class RopeTable:
             if len(self._grids) >= 64:  # blocks come in order: the oldest is not asked for again
                 self._grids.pop(next(iter(self._grids)))
             self._grids[key] = self._make(first_frame, grid, wide)
-        return self._grids[key]
+        made = self._grids[key]
+        return self._fill(first_frame, (*grid, wide), made) if self.in_place else made
+
+    def _fill(
+        self, first_frame: int, key: tuple[int, int, int, bool], made: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if key not in self._filled:
+            self._filled[key] = (first_frame, (made[0].clone(), made[1].clone()))
+        held, memory = self._filled[key]
+        if held != first_frame:
+            for to, value in zip(memory, made, strict=True):
+                to.copy_(value)
+            self._filled[key] = (first_frame, memory)
+        return memory
 
     def _check(self, first_frame: int, grid: tuple[int, int, int]) -> None:
         frames, height, width = grid
