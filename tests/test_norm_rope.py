@@ -215,6 +215,31 @@ def test_compiles_without_graph_breaks() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_table_in_place_keeps_its_memory() -> None:
+    grid, rope, fixed = (2, 3, 2), RopeTable(32), RopeTable(32, in_place=True)
+    memory = fixed.tokens(0, grid)
+    for first in (5, 5, 0, 70):
+        angles = fixed.tokens(first, grid)
+        assert all(a is m for a, m in zip(angles, memory, strict=True))
+        assert all(map(torch.equal, angles, rope.tokens(first, grid)))
+    other, wide = fixed.tokens(1, (1, 3, 2)), fixed.tokens(1, grid, wide=True)
+    assert all(map(torch.equal, other, rope.tokens(1, (1, 3, 2))))
+    assert all(map(torch.equal, wide, rope.tokens(1, grid, wide=True)))
+    assert all(map(torch.equal, memory, rope.tokens(70, grid)))  # each grid has memory of its own
+    with pytest.raises(ShapeError, match=r"rope table: frame 1024 not in \[0, 1024\)"):
+        fixed.tokens(1023, grid)
+    assert all(map(torch.equal, memory, rope.tokens(70, grid)))
+
+
+def test_a_backward_refuses_angles_that_were_overwritten() -> None:
+    grid, fixed = (2, 3, 2), RopeTable(32, in_place=True)
+    q, k, qw, kw = make(grid, heads=(2, 2))
+    out, _ = qk_norm_rope(q.requires_grad_(), k, qw, kw, fixed, 0, grid=grid)
+    qk_norm_rope(q, k, qw, kw, fixed, 3, grid=grid)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
 def test_errors_name_the_argument() -> None:
     grid, rope = (2, 2, 2), RopeTable(32, max_frames=16)
     q, k, qw, kw = make(grid, heads=(2, 2))
