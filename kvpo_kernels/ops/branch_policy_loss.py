@@ -495,6 +495,4 @@ def _forward_fake(
     return scores.new_empty(7 + 4 * scores.shape[0])
 
 
-torch.library.impl("kvpo::branch_policy_loss", ("cpu", "cuda"), _forward_impl)
-torch.library.register_fake("kvpo::branch_policy_loss", _forward_fake)
-_forward = torch.ops.kvpo.branch_policy_loss.default
+_forward = registry.register("kvpo::branch_policy_loss", _forward_impl, _forward_fake)

@@ -407,16 +407,9 @@ def _write_fake(q: Tensor, *_: object) -> Tensor:
     return q.new_empty(q.shape)
 
 
-for _name, _impl, _fake in (
-    ("forward", _forward_impl, _forward_fake),
-    ("backward", _backward_impl, _backward_fake),
-    ("write", _write_impl, _write_fake),
-):
-    torch.library.impl(f"kvpo::norm_rope_{_name}", ("cpu", "cuda"), _impl)
-    torch.library.register_fake(f"kvpo::norm_rope_{_name}", _fake)
-_forward = torch.ops.kvpo.norm_rope_forward.default
-_backward = torch.ops.kvpo.norm_rope_backward.default
-_write = torch.ops.kvpo.norm_rope_write.default
+_forward = registry.register("kvpo::norm_rope_forward", _forward_impl, _forward_fake)
+_backward = registry.register("kvpo::norm_rope_backward", _backward_impl, _backward_fake)
+_write = registry.register("kvpo::norm_rope_write", _write_impl, _write_fake)
 
 
 class _NormRope(torch.autograd.Function):

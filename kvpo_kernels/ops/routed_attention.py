@@ -377,12 +377,8 @@ def _backward_fake(
     return q.new_empty(q.shape), k_live.new_empty(k_live.shape), v_live.new_empty(v_live.shape)
 
 
-torch.library.impl("kvpo::routed_attention_forward", ("cpu", "cuda"), _forward_impl)
-torch.library.impl("kvpo::routed_attention_backward", ("cpu", "cuda"), _backward_impl)
-torch.library.register_fake("kvpo::routed_attention_forward", _forward_fake)
-torch.library.register_fake("kvpo::routed_attention_backward", _backward_fake)
-_forward = torch.ops.kvpo.routed_attention_forward.default
-_backward = torch.ops.kvpo.routed_attention_backward.default
+_forward = registry.register("kvpo::routed_attention_forward", _forward_impl, _forward_fake)
+_backward = registry.register("kvpo::routed_attention_backward", _backward_impl, _backward_fake)
 
 
 class _RoutedAttention(torch.autograd.Function):

@@ -271,6 +271,4 @@ def _forward_fake(
     return numbers, pred.new_empty(pred.shape if needs_grad else 0)
 
 
-torch.library.impl("kvpo::tve_grpo", ("cpu", "cuda"), _forward_impl)
-torch.library.register_fake("kvpo::tve_grpo", _forward_fake)
-_forward = torch.ops.kvpo.tve_grpo.default
+_forward = registry.register("kvpo::tve_grpo", _forward_impl, _forward_fake)

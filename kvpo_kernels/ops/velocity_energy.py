@@ -344,12 +344,8 @@ def _backward_fake(pred: Tensor, *_: object) -> Tensor:
     return pred.new_empty(pred.shape)
 
 
-torch.library.impl("kvpo::velocity_energy_forward", ("cpu", "cuda"), _forward_impl)
-torch.library.impl("kvpo::velocity_energy_backward", ("cpu", "cuda"), _backward_impl)
-torch.library.register_fake("kvpo::velocity_energy_forward", _forward_fake)
-torch.library.register_fake("kvpo::velocity_energy_backward", _backward_fake)
-_forward = torch.ops.kvpo.velocity_energy_forward.default
-_backward = torch.ops.kvpo.velocity_energy_backward.default
+_forward = registry.register("kvpo::velocity_energy_forward", _forward_impl, _forward_fake)
+_backward = registry.register("kvpo::velocity_energy_backward", _backward_impl, _backward_fake)
 
 
 class _VelocityEnergy(torch.autograd.Function):
