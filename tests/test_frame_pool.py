@@ -35,9 +35,9 @@ def write(timeline: Timeline, first: int, values: list[float]) -> None:
 
 
 def read(pool: FramePool, slot: int) -> float:
-    storage, at = pool._storage, slot
+    storage, at = pool._pages.storage, slot
     if slot >= pool.num_slots:  # of an offloaded frame
-        storage, at = pool._host_tensors[0], slot - pool.num_slots
+        storage, at = pool._pages.host[0], slot - pool.num_slots
     value = storage[0, 0, at, 0, 0, 0].item()
     for layer in range(LAYERS):
         assert (storage[0, layer, at] == value + 100_000 * layer).all()
@@ -84,9 +84,9 @@ def test_window_and_routed() -> None:
 def test_fork_copies_nothing_and_rewrites_are_private() -> None:
     pool = make_pool()
     video = filled(pool, 3)
-    before = pool._storage.clone()
+    before = pool._pages.storage.clone()
     left, right = video.fork(2)
-    assert torch.equal(pool._storage, before) and pool.stats().free_slots == 9
+    assert torch.equal(pool._pages.storage, before) and pool.stats().free_slots == 9
     write(left, 1, [50.0])
     assert read(pool, left.slot(1)) == 50.0
     assert read(pool, right.slot(1)) == read(pool, video.slot(1)) == 1.0
@@ -453,8 +453,8 @@ def test_quantized_frames_are_offloaded_with_their_scales() -> None:
         video.write(layer, 0, *(torch.randn(2, 8, 3, 16) * (1 + layer)))
     before = [(pool.v(1)[s].clone(), pool.k_scales(1)[s].clone()) for s in map(video.slot, (0, 1))]
     video.offload([0, 1])
-    pool._storage.zero_()
-    pool._scales.zero_()
+    pool._pages.storage.zero_()
+    pool._pages.scales.zero_()
     video.fetch([1])
     video.fetch([0])
     for frame, (values, scales) in enumerate(before):

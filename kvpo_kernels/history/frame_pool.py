@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvpo_kernels.errors import DtypeError, PoolError, ShapeError
 from kvpo_kernels.history.eviction import EvictionPolicy
+from kvpo_kernels.history.pages import Pages
 from kvpo_kernels.history.quantization import LARGEST, store_frames
 from kvpo_kernels.history.route_table import RouteTable, Rows
 
@@ -94,26 +95,9 @@ class FramePool:
         self.head_dim = head_dim
         self.dtype = dtype
         """Of the frames that are written."""
-        page = (frame_tokens, num_heads, head_dim)
-        target = torch.device(device)
-        self._storage = torch.zeros(
-            2, num_layers, num_slots, *page, dtype=page_dtype or dtype, device=target
-        )
-        self._scales: Tensor | None = None
-        if page_dtype is not None:
-            self._scales = torch.ones(2, num_layers, num_slots, num_heads, device=target)
-        host = "cpu" if target.type == "cuda" else target  # meta stays meta
-        self._host_tensors = [
-            torch.zeros(
-                *t.shape[:2],
-                host_slots,
-                *t.shape[3:],
-                dtype=t.dtype,
-                device=host,
-                pin_memory=target.type == "cuda" and host_slots > 0,
-            )
-            for t in self._tensors()
-        ]
+        page, elements = (frame_tokens, num_heads, head_dim), page_dtype or dtype
+        scaled = page_dtype is not None
+        self._pages = Pages(num_slots, num_layers, page, elements, device, scaled, host_slots)
         self._all_layers = (1 << num_layers) - 1
         # By slot; those from `num_slots` on are of offloaded frames.
         everywhere = num_slots + host_slots
@@ -123,11 +107,6 @@ class FramePool:
         self._free = list(range(num_slots - 1, -1, -1))
         self._free_host = list(range(everywhere - 1, num_slots - 1, -1))
         self._timelines: weakref.WeakSet[Timeline] = weakref.WeakSet()
-        # Of a GPU: where frames move, and slots whose move the compute stream has yet to wait for.
-        self._mover: torch.cuda.Stream | None = None
-        if target.type == "cuda":
-            self._mover = torch.cuda.Stream(target)  # type: ignore[no-untyped-call]
-        self._moving: dict[int, torch.cuda.Event] = {}
         self._fewest_free = num_slots
         self._copied_slots = 0
         self._lock = threading.RLock()
@@ -139,23 +118,23 @@ class FramePool:
     @property
     def device(self) -> torch.device:
         """Of keys and values."""
-        return self._storage.device
+        return self._pages.storage.device
 
     def k(self, layer: int) -> Tensor:
         """The keys of a layer, a view `[F, T, H, D]`."""
-        return self._storage[0, layer]
+        return self._pages.storage[0, layer]
 
     def v(self, layer: int) -> Tensor:
         """The values of a layer, a view `[F, T, H, D]`."""
-        return self._storage[1, layer]
+        return self._pages.storage[1, layer]
 
     def k_scales(self, layer: int) -> Tensor | None:
         """The scales of a layer's keys, a view `[F, H]` float32; None in a pool of plain frames."""
-        return None if self._scales is None else self._scales[0, layer]
+        return None if self._pages.scales is None else self._pages.scales[0, layer]
 
     def v_scales(self, layer: int) -> Tensor | None:
         """As `k_scales`, of the values."""
-        return None if self._scales is None else self._scales[1, layer]
+        return None if self._pages.scales is None else self._pages.scales[1, layer]
 
     def timeline(self) -> "Timeline":
         """An empty timeline."""
@@ -184,7 +163,7 @@ class FramePool:
                 for b, row in enumerate(rows):
                     for i, slot in enumerate(row):
                         self._check_resident(slot, f"route[branch={b}, slot={i}] = {slot}")
-                self._await(wanted)
+                self._pages.wait_for(wanted)
                 for slot in wanted:
                     self._table_refs[slot] += 1
                 previous = set(held)
@@ -249,12 +228,8 @@ class FramePool:
                         slot = fresh
                     row.append(slot)
                 result.append(row)
-            self._await(slot for row in result for slot in row)
-            self._await(old for _, _, old, _ in moves)
-            for _, _, old, new in moves:
-                if self._written[old]:
-                    for tensor in self._tensors():
-                        tensor[:, :, new].copy_(tensor[:, :, old])
+            self._pages.wait_for(slot for row in result for slot in row)
+            self._pages.copy([(old, new) for _, _, old, new in moves if self._written[old]])
             for timeline, frame, old, new in moves:
                 self._take()  # `new`, in the order in which they were named above
                 self._timeline_refs[old] -= 1
@@ -389,13 +364,13 @@ class FramePool:
                 shared_slots=sum(self._references(s) > 1 for s in range(self.num_slots)),
                 timeline_slots=sum(n > 0 for n in self._timeline_refs[: self.num_slots]),
                 table_slots=sum(n > 0 for n in self._table_refs),
-                bytes=sum(t.nbytes for t in self._tensors()),
-                slot_bytes=sum(t.nbytes for t in self._tensors()) // self.num_slots,
+                bytes=self._pages.nbytes,
+                slot_bytes=self._pages.nbytes // self.num_slots,
                 peak_slots=self.num_slots - self._fewest_free,
                 copied_slots=self._copied_slots,
-                host_slots=self._host_tensors[0].shape[2],
+                host_slots=self._pages.host_slots,
                 free_host_slots=len(self._free_host),
-                host_bytes=sum(t.nbytes for t in self._host_tensors),
+                host_bytes=self._pages.host_nbytes,
             )
 
     def _check_rows(self, timelines: Sequence["Timeline"]) -> None:
@@ -403,10 +378,6 @@ class FramePool:
             timeline._check_of(self, f"timelines[{b}]")
             if any(timeline is other for other in timelines[:b]):
                 raise ShapeError(f"timelines[{b}] is named twice")
-
-    def _tensors(self) -> list[Tensor]:
-        """Everything that a slot holds; `[2, layers, F, ...]` each."""
-        return [self._storage] if self._scales is None else [self._storage, self._scales]
 
     # Below: called with the lock held.
 
@@ -433,7 +404,7 @@ class FramePool:
     def _take(self) -> int:
         slot = self._free.pop()
         self._fewest_free = min(self._fewest_free, len(self._free))
-        self._await([slot])
+        self._pages.wait_for([slot])
         self._timeline_refs[slot] = 1
         self._written[slot] = 0
         return slot
@@ -463,12 +434,10 @@ class FramePool:
                 raise self._exhausted(len(slots))
             raise PoolError(
                 f"frame pool: {len(slots)} host slots needed, {len(free)} of"
-                f" {self._host_tensors[0].shape[2]} free"
+                f" {self._pages.host_slots} free"
             )
         moves = dict(zip(slots, free[len(free) - len(slots) :][::-1], strict=True))
-        if not to_host:
-            self._await(moves.values())
-        self._copy(moves)  # may fail: nothing has changed yet
+        self._pages.move(moves)  # may fail: nothing has changed yet
         for old, new in moves.items():
             free.pop()
             self._timeline_refs[new], self._timeline_refs[old] = self._timeline_refs[old], 0
@@ -478,40 +447,6 @@ class FramePool:
         for timeline in alive:
             for frame, slot in timeline._frames.items():
                 timeline._frames[frame] = moves.get(slot, slot)
-
-    def _copy(self, moves: dict[int, int]) -> None:
-        """From slot to slot across device and host; on a GPU behind what was launched before."""
-        if self._mover is None:
-            self._copy_now(moves)
-            return
-        self._mover.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._mover):
-            self._copy_now(moves)
-            done = self._mover.record_event()
-        for slot in (*moves, *moves.values()):
-            if slot < self.num_slots:
-                self._moving[slot] = done
-
-    def _copy_now(self, moves: dict[int, int]) -> None:
-        for on_device, on_host in zip(self._tensors(), self._host_tensors, strict=True):
-            for old, new in moves.items():
-                source, target = (
-                    (on_device, on_host) if old < self.num_slots else (on_host, on_device)
-                )
-                old_at = old if old < self.num_slots else old - self.num_slots
-                new_at = new if new < self.num_slots else new - self.num_slots
-                for part in range(2):  # piece by piece: contiguous ones need no staging
-                    for layer in range(self.num_layers):
-                        piece = source[part, layer, old_at]
-                        target[part, layer, new_at].copy_(piece, non_blocking=True)
-
-    def _await(self, slots: Iterable[int]) -> None:
-        """Let the current stream wait for moves of these slots; the host does not."""
-        if self._moving:
-            for slot in slots:
-                done = self._moving.pop(slot, None)
-                if done is not None:
-                    torch.cuda.current_stream(self.device).wait_event(done)
 
     def _settle(self) -> None:
         while self._dropped_timelines:
@@ -646,7 +581,7 @@ class Timeline:
         with self._pool._lock:
             slot = self._slot(frame)
             self._pool._check_resident(slot, f"frame {frame}")
-            self._pool._await([slot])
+            self._pool._pages.wait_for([slot])
             return slot
 
     def window(self, sink: int, local: int) -> list[int]:

@@ -25,11 +25,11 @@ def make_pool(num_slots: int = 12, frames: int = 6) -> tuple[FramePool, Timeline
 
 
 def unchanged(pool: FramePool, video: Timeline, call: Callable[[], object], error, match) -> None:
-    before = (pool.stats(), pool._storage.clone(), video.resident_frames, video.num_frames)
+    before = (pool.stats(), pool._pages.storage.clone(), video.resident_frames, video.num_frames)
     with pytest.raises(error, match=match):
         call()
     assert asdict(pool.stats()) == asdict(before[0])
-    assert torch.equal(pool._storage, before[1])
+    assert torch.equal(pool._pages.storage, before[1])
     assert (video.resident_frames, video.num_frames) == before[2:]
 
 

@@ -44,4 +44,4 @@ def test_frames_leave_and_come_back_beside_other_work(page: torch.dtype | None) 
 
 def test_offloaded_frames_are_pinned() -> None:
     pool = FramePool(2, 8, 1, 1, 16, device="cuda", host_slots=2)
-    assert all(t.is_pinned() for t in pool._host_tensors)
+    assert all(t.is_pinned() for t in pool._pages.host)
