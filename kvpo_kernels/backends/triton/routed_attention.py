@@ -111,8 +111,20 @@ def _load_page(
 
 
 @triton.jit
-def _load_scale(scales, slot, head, heads):
-    return tl.load(scales + slot.to(tl.int64) * heads + head)
+def _load_routed(
+    k_pool, v_pool, route, i, k_strides, v_strides, head, heads, T, like,
+    D: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Tile i of a row's history: keys, values, where their scales are, and keys left in the frame.
+
+    The caller loads the scales: a function cannot return those that plain pages do not have.
+    """
+    tiles = tl.cdiv(T, BLOCK)
+    slot = tl.load(route + i // tiles)
+    n = i % tiles * BLOCK
+    k = _load_page(k_pool, k_strides, slot, n, head, T, like, D, BLOCK, WIDTH, DESCRIPTORS)
+    v = _load_page(v_pool, v_strides, slot, n, head, T, like, D, BLOCK, WIDTH, DESCRIPTORS)
+    return k, v, slot.to(tl.int64) * heads + head, T - n
 
 
 @triton.jit
@@ -122,10 +134,14 @@ def _count_slots(slots, R, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _attend(q, k, v, k_scale, v_scale, left, factor, top, total, acc, BLOCK_N: tl.constexpr):
+def _attend(
+    q, k, v, k_scales, v_scales, page, left, factor, top, total, acc, BLOCK_N: tl.constexpr
+):
     """One step of the online softmax; `left` keys of the tile are there, at least one."""
+    if k_scales is not None:
+        k_scale, v_scale = tl.load(k_scales + page), tl.load(v_scales + page)
     dot = _dot(q, tl.trans(k))
-    if k_scale is not None:
+    if k_scales is not None:
         dot *= k_scale
     dot = tl.where((tl.arange(0, BLOCK_N) < left)[None, :], dot, float("-inf"))
     new_top = tl.maximum(top, tl.max(dot, 1) * factor)
@@ -133,7 +149,7 @@ def _attend(q, k, v, k_scale, v_scale, left, factor, top, total, acc, BLOCK_N: t
     p = tl.math.exp2(dot * factor - shift[:, None])
     shrink = tl.math.exp2(top - shift)
     total = total * shrink + tl.sum(p, 1)
-    if v_scale is not None:
+    if k_scales is not None:
         p *= v_scale
     return new_top, total, _dot(p.to(v.dtype), v, acc * shrink[:, None])
 
@@ -180,22 +196,13 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
 
     route = slots + row * R
-    tiles = tl.cdiv(T, BLOCK_N)
-    for i in tl.range(0, _count_slots(route, R, BLOCK_R) * tiles):
-        slot = tl.load(route + i // tiles)
-        n = i % tiles * BLOCK_N
-        k = _load_page(
-            k_pool, k_strides, slot, n, kv_head, T, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
-        )
-        v = _load_page(
-            v_pool, v_strides, slot, n, kv_head, T, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
-        )
-        k_scale, v_scale = None, None
-        if k_scales is not None:
-            k_scale = _load_scale(k_scales, slot, kv_head, H // GROUP)
-            v_scale = _load_scale(v_scales, slot, kv_head, H // GROUP)
+    for i in tl.range(0, _count_slots(route, R, BLOCK_R) * tl.cdiv(T, BLOCK_N)):
+        k, v, page, left = _load_routed(
+            k_pool, v_pool, route, i, k_strides, v_strides, kv_head, H // GROUP, T, q_tile,
+            D, BLOCK_N, WIDTH, DESCRIPTORS,
+        )  # fmt: skip
         top, total, acc = _attend(
-            q_tile, k, v, k_scale, v_scale, T - n, factor, top, total, acc, BLOCK_N
+            q_tile, k, v, k_scales, v_scales, page, left, factor, top, total, acc, BLOCK_N
         )
     for n in tl.range(0, L, BLOCK_N):
         k = _load_page(
@@ -204,7 +211,9 @@ def _forward_kernel(
         v = _load_page(
             v_live, v_live_strides, b, n, kv_head, L, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
         )
-        top, total, acc = _attend(q_tile, k, v, None, None, L - n, factor, top, total, acc, BLOCK_N)
+        top, total, acc = _attend(
+            q_tile, k, v, None, None, 0, L - n, factor, top, total, acc, BLOCK_N
+        )
 
     # Without keys, or with none above -inf, the sum is 0: out is then 0 and lse -inf.
     total = tl.where(total == 0.0, 1.0, total)
@@ -224,17 +233,20 @@ def _load_lse(lse, token, Q):
 
 @triton.jit
 def _grad_q_step(
-    q, grad_out, k, v, k_scale, v_scale, left, lse, delta, factor, acc, BLOCK_N: tl.constexpr
-):
+    q, grad_out, k, v, k_scales, v_scales, page, left, lse, delta, factor, acc,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    if k_scales is not None:
+        k_scale, v_scale = tl.load(k_scales + page), tl.load(v_scales + page)
     dot = _dot(q, tl.trans(k))
     grad_p = _dot(grad_out, tl.trans(v))
-    if k_scale is not None:
+    if k_scales is not None:
         dot *= k_scale
         grad_p *= v_scale
     p = tl.math.exp2(dot * factor - lse[:, None])
     p = tl.where((tl.arange(0, BLOCK_N) < left)[None, :], p, 0.0)
     grad_score = p * (grad_p - delta[:, None])
-    if k_scale is not None:
+    if k_scales is not None:
         grad_score *= k_scale
     return _dot(grad_score.to(k.dtype), k, acc)
 
@@ -292,34 +304,15 @@ def _grad_q_kernel(
     acc = tl.zeros([BLOCK_M, WIDTH], tl.float32)
 
     route = slots + row * R
-    tiles = tl.cdiv(T, BLOCK_N)
-    for i in tl.range(0, _count_slots(route, R, BLOCK_R) * tiles):
-        slot = tl.load(route + i // tiles)
-        n = i % tiles * BLOCK_N
-        k = _load_page(
-            k_pool, k_strides, slot, n, kv_head, T, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
-        )
-        v = _load_page(
-            v_pool, v_strides, slot, n, kv_head, T, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
-        )
-        k_scale, v_scale = None, None
-        if k_scales is not None:
-            k_scale = _load_scale(k_scales, slot, kv_head, H // GROUP)
-            v_scale = _load_scale(v_scales, slot, kv_head, H // GROUP)
+    for i in tl.range(0, _count_slots(route, R, BLOCK_R) * tl.cdiv(T, BLOCK_N)):
+        k, v, page, left = _load_routed(
+            k_pool, v_pool, route, i, k_strides, v_strides, kv_head, H // GROUP, T, q_tile,
+            D, BLOCK_N, WIDTH, DESCRIPTORS,
+        )  # fmt: skip
         acc = _grad_q_step(
-            q_tile,
-            grad_tile,
-            k,
-            v,
-            k_scale,
-            v_scale,
-            T - n,
-            lse_tile,
-            delta_tile,
-            factor,
-            acc,
+            q_tile, grad_tile, k, v, k_scales, v_scales, page, left, lse_tile, delta_tile, factor, acc,
             BLOCK_N,
-        )
+        )  # fmt: skip
     for n in tl.range(0, L, BLOCK_N):
         k = _load_page(
             k_live, k_live_strides, b, n, kv_head, L, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
@@ -328,8 +321,9 @@ def _grad_q_kernel(
             v_live, v_live_strides, b, n, kv_head, L, q_tile, D, BLOCK_N, WIDTH, DESCRIPTORS
         )
         acc = _grad_q_step(
-            q_tile, grad_tile, k, v, None, None, L - n, lse_tile, delta_tile, factor, acc, BLOCK_N
-        )
+            q_tile, grad_tile, k, v, None, None, 0, L - n, lse_tile, delta_tile, factor, acc,
+            BLOCK_N,
+        )  # fmt: skip
 
     _store_tile(grad_q + own, acc * scale, first, Q, H * D, D, BLOCK_M, WIDTH)
 
