@@ -310,8 +310,8 @@ def _grad_q_kernel(
             D, BLOCK_N, WIDTH, DESCRIPTORS,
         )  # fmt: skip
         acc = _grad_q_step(
-            q_tile, grad_tile, k, v, k_scales, v_scales, page, left, lse_tile, delta_tile, factor, acc,
-            BLOCK_N,
+            q_tile, grad_tile, k, v, k_scales, v_scales, page, left, lse_tile, delta_tile, factor,
+            acc, BLOCK_N,
         )  # fmt: skip
     for n in tl.range(0, L, BLOCK_N):
         k = _load_page(
