@@ -1,6 +1,6 @@
 """A denoise step that is captured once and replayed: what changes from call to call lies in memory.
 
-The host's work for a step of `wan-1.3b`, some 900 launches, becomes one. Weights may be updated in
+The host's launches of a step, dozens per layer, become one. Weights may be updated in
 place between replays; the pool's pages, the routes, the angles, sigma and the input are read where
 they were at the capture.
 """

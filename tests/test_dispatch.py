@@ -82,7 +82,7 @@ def test_subclasses_fakes_and_traces_see_the_operator() -> None:
     assert "velocity_energy_forward" in str(traced.graph)
 
 
-def test_without_watchers_a_call_is_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_watchers_a_call_is_the_kernel() -> None:
     torch.library.define("kvpo_test::twice", "(Tensor x, float y, str z) -> Tensor")
     calls: Found = []
 
