@@ -13,7 +13,6 @@ from kvpo_kernels.history.frame_pool import Timeline as Timeline
 from kvpo_kernels.history.planning import HistoryRouting as HistoryRouting
 from kvpo_kernels.history.planning import RoutingPlan as RoutingPlan
 from kvpo_kernels.history.planning import plan_history_routing as plan_history_routing
-from kvpo_kernels.history.quantization import quantize_frames as quantize_frames
 from kvpo_kernels.history.route_table import RouteTable as RouteTable
 from kvpo_kernels.ops.advantages import anchor_advantages as anchor_advantages
 from kvpo_kernels.ops.advantages import fuse_advantages as fuse_advantages
@@ -24,6 +23,7 @@ from kvpo_kernels.ops.norm_rope import RopeTable as RopeTable
 from kvpo_kernels.ops.norm_rope import qk_norm_rope as qk_norm_rope
 from kvpo_kernels.ops.norm_rope import qk_norm_rope_write as qk_norm_rope_write
 from kvpo_kernels.ops.routed_attention import routed_attention as routed_attention
+from kvpo_kernels.ops.store_frames import quantize_frames as quantize_frames
 from kvpo_kernels.ops.tve_grpo import TveGrpoLoss as TveGrpoLoss
 from kvpo_kernels.ops.tve_grpo import tve_grpo_loss as tve_grpo_loss
 from kvpo_kernels.ops.velocity_energy import TrajectoryEnergies as TrajectoryEnergies

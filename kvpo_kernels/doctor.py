@@ -18,12 +18,21 @@ from kvpo_kernels.ops import (
     branch_policy_loss,
     norm_rope,
     routed_attention,
+    store_frames,
     tve_grpo,
     velocity_energy,
 )
 
 OPS: Final[dict[str, Any]] = {
-    op.OP: op for op in (routed_attention, norm_rope, velocity_energy, branch_policy_loss, tve_grpo)
+    op.OP: op
+    for op in (
+        routed_attention,
+        norm_rope,
+        store_frames,
+        velocity_energy,
+        branch_policy_loss,
+        tve_grpo,
+    )
 }
 # A call of a training step; what `explain` assumes where it is told nothing else.
 TYPICAL: Final[dict[str, object]] = {
@@ -41,7 +50,8 @@ def explain(op: str, **problem: object) -> dict[str, str | None]:
     """Why each backend of an op can or cannot run a problem; nothing is run or allocated.
 
     Args:
-        op: "routed_attention", "norm_rope", "velocity_energy", "branch_policy_loss" or "tve_grpo".
+        op: "routed_attention", "norm_rope", "store_frames", "velocity_energy",
+            "branch_policy_loss" or "tve_grpo".
         **problem: what the op's backends look at, the fields of its `Problem`: `device` ("cpu" or
             "cuda"), `dtype`, and for some ops `head_size` (D), `needs_grad`, `capability` (CUDA's,
             `(major, minor)`), `aligned` and `page_dtype` (of a quantized pool). What is left out is

@@ -3,6 +3,7 @@
 #include "kvpo/norm_rope.h"
 #include "kvpo/peak_flops.h"
 #include "kvpo/routed_attention.h"
+#include "kvpo/store_frames.h"
 #include "kvpo/tve_grpo.h"
 
 // For `void kvpo::cpu::f(const Args&)` declared in a header, the kernel file defines
@@ -50,6 +51,7 @@ KVPO_DISPATCH(routed_attention_backward, RoutedAttentionBackward)
 KVPO_DISPATCH(norm_rope_forward, NormRopeForward)
 KVPO_DISPATCH(norm_rope_backward, NormRopeBackward)
 KVPO_DISPATCH(norm_rope_write, NormRopeWrite)
+KVPO_DISPATCH(store_frames, StoreFrames)
 KVPO_DISPATCH(velocity_energy, VelocityEnergy)
 KVPO_DISPATCH(velocity_gradient, VelocityGradient)
 KVPO_DISPATCH(tve_grpo, TveGrpo)

@@ -96,6 +96,24 @@ KVPO_INLINE void from_float(fp16& to, float x) { // round to nearest even; NaN s
     half = (rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13;
   to.bits = static_cast<uint16_t>(sign | half);
 }
+KVPO_INLINE uint32_t magnitude_bits(float x) {
+  return float_to_bits(x) & 0x7fffffffu;
+}
+// Rounded to nearest even; |x| is at most 127, and 448, a rounding up included. NaN: 0, and NaN.
+KVPO_INLINE void from_float(int8_t& to, float x) { // an addition of 1.5 * 2^23 rounds at 1
+  to = x == x ? static_cast<int8_t>(float_to_bits(x + 12582912.0f)) : int8_t{0};
+}
+KVPO_INLINE void from_float(fp8& to, float x) {
+  const uint32_t sign = float_to_bits(x) >> 24 & 0x80u, size = magnitude_bits(x);
+  uint32_t code;
+  if (size > 0x7f800000u)
+    code = 0x7fu;
+  else if (size < 0x3c800000u) // below 2^-6, subnormal: the addition rounds at 2^-9
+    code = float_to_bits(bits_to_float(size) + 16384.0f) - 0x46800000u;
+  else
+    code = ((size + 0x7ffffu + (size >> 20 & 1u)) >> 20) - (120u << 3);
+  to.bits = static_cast<uint8_t>(sign | code);
+}
 
 #if KVPO_ISA_LEVEL >= 2 // AVX-512 ------------------------------------------------------------
 using Vec = __m512;
@@ -146,6 +164,24 @@ KVPO_INLINE void store(fp16* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+// As `from_float`, of numbers.
+KVPO_INLINE void store(int8_t* p, Vec v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+KVPO_INLINE void store(fp8* p, Vec v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i size = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+  const __m512i sign = _mm512_and_si512(_mm512_srli_epi32(bits, 24), _mm512_set1_epi32(0x80));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(size, 20), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(size, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7ffff)));
+  const __m512i normal = _mm512_sub_epi32(_mm512_srli_epi32(rounded, 20), _mm512_set1_epi32(960));
+  const __m512 shifted = _mm512_add_ps(_mm512_castsi512_ps(size), _mm512_set1_ps(16384.0f));
+  const __m512i small =
+      _mm512_sub_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(0x46800000));
+  const __mmask16 is_small = _mm512_cmplt_epi32_mask(size, _mm512_set1_epi32(0x3c800000));
+  const __m512i code = _mm512_or_si512(sign, _mm512_mask_mov_epi32(normal, is_small, small));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(code));
+}
 KVPO_INLINE Vec zero() {
   return _mm512_setzero_ps();
 }
@@ -161,8 +197,15 @@ KVPO_INLINE Vec sub(Vec a, Vec b) {
 KVPO_INLINE Vec mul(Vec a, Vec b) {
   return _mm512_mul_ps(a, b);
 }
+KVPO_INLINE Vec div(Vec a, Vec b) {
+  return _mm512_div_ps(a, b);
+}
 KVPO_INLINE Vec max_of(Vec a, Vec b) {
   return _mm512_max_ps(a, b);
+}
+KVPO_INLINE Vec larger_magnitude(Vec most, Vec v) { // as bits: NaN is above infinity; most >= 0
+  const __m512i size = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff));
+  return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(most), size));
 }
 KVPO_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return _mm512_fmadd_ps(a, b, c);
@@ -281,6 +324,28 @@ KVPO_INLINE void store(fp16* p, Vec v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+KVPO_INLINE void store_low_bytes(void* p, __m256i v) { // of 32-bit lanes in [-128, 255]
+  const __m256i bytes = _mm256_and_si256(v, _mm256_set1_epi32(0xff));
+  const __m128i low = _mm256_castsi256_si128(bytes), high = _mm256_extracti128_si256(bytes, 1);
+  const __m128i halves = _mm_packus_epi32(low, high);
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(halves, halves));
+}
+KVPO_INLINE void store(int8_t* p, Vec v) {
+  store_low_bytes(p, _mm256_cvtps_epi32(v));
+}
+KVPO_INLINE void store(fp8* p, Vec v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i size = _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff));
+  const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 24), _mm256_set1_epi32(0x80));
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(size, 20), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(size, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7ffff)));
+  const __m256i normal = _mm256_sub_epi32(_mm256_srli_epi32(rounded, 20), _mm256_set1_epi32(960));
+  const __m256 shifted = _mm256_add_ps(_mm256_castsi256_ps(size), _mm256_set1_ps(16384.0f));
+  const __m256i small =
+      _mm256_sub_epi32(_mm256_castps_si256(shifted), _mm256_set1_epi32(0x46800000));
+  const __m256i is_small = _mm256_cmpgt_epi32(_mm256_set1_epi32(0x3c800000), size);
+  store_low_bytes(p, _mm256_or_si256(sign, _mm256_blendv_epi8(normal, small, is_small)));
+}
 KVPO_INLINE Vec zero() {
   return _mm256_setzero_ps();
 }
@@ -296,8 +361,15 @@ KVPO_INLINE Vec sub(Vec a, Vec b) {
 KVPO_INLINE Vec mul(Vec a, Vec b) {
   return _mm256_mul_ps(a, b);
 }
+KVPO_INLINE Vec div(Vec a, Vec b) {
+  return _mm256_div_ps(a, b);
+}
 KVPO_INLINE Vec max_of(Vec a, Vec b) {
   return _mm256_max_ps(a, b);
+}
+KVPO_INLINE Vec larger_magnitude(Vec most, Vec v) {
+  const __m256i size = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fffffff));
+  return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(most), size));
 }
 KVPO_INLINE Vec fma(Vec a, Vec b, Vec c) {
   return _mm256_fmadd_ps(a, b, c);
@@ -378,6 +450,14 @@ KVPO_INLINE void store(fp16* p, const Vec& v) {
   for (int i = 0; i < kWidth; ++i)
     from_float(p[i], v.lane[i]);
 }
+KVPO_INLINE void store(int8_t* p, const Vec& v) {
+  for (int i = 0; i < kWidth; ++i)
+    from_float(p[i], v.lane[i]);
+}
+KVPO_INLINE void store(fp8* p, const Vec& v) {
+  for (int i = 0; i < kWidth; ++i)
+    from_float(p[i], v.lane[i]);
+}
 KVPO_INLINE Vec zero() {
   return Vec{};
 }
@@ -392,6 +472,14 @@ KVPO_INLINE Vec sub(const Vec& a, const Vec& b) {
 }
 KVPO_INLINE Vec mul(const Vec& a, const Vec& b) {
   return each([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+KVPO_INLINE Vec div(const Vec& a, const Vec& b) {
+  return each([&](int i) { return a.lane[i] / b.lane[i]; });
+}
+KVPO_INLINE Vec larger_magnitude(const Vec& most, const Vec& v) {
+  return each([&](int i) {
+    return bits_to_float(max_of(float_to_bits(most.lane[i]), magnitude_bits(v.lane[i])));
+  });
 }
 KVPO_INLINE Vec max_of(const Vec& a, const Vec& b) {
   return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });

@@ -18,8 +18,8 @@ from torch import Tensor
 from kvpo_kernels.errors import DtypeError, PoolError, ShapeError
 from kvpo_kernels.history.eviction import EvictionPolicy
 from kvpo_kernels.history.pages import Pages
-from kvpo_kernels.history.quantization import LARGEST, store_frames
 from kvpo_kernels.history.route_table import RouteTable, Rows
+from kvpo_kernels.ops.store_frames import PAGE_DTYPES, store_frames
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ class FramePool:
         page_dtype: torch.dtype | None = None,
         host_slots: int = 0,
     ) -> None:
-        if page_dtype is not None and page_dtype not in LARGEST:
-            raise DtypeError(f"page_dtype must be None or of {list(LARGEST)}, got {page_dtype}")
+        if page_dtype is not None and page_dtype not in PAGE_DTYPES:
+            raise DtypeError(f"page_dtype must be None or of {list(PAGE_DTYPES)}, got {page_dtype}")
         sizes = {
             "num_slots": num_slots,
             "frame_tokens": frame_tokens,
@@ -341,10 +341,9 @@ class FramePool:
                     f"{name} must be {self.dtype} on {self.device} like the pool, got"
                     f" {tensor.dtype} on {tensor.device}"
                 )
-        # From pageable memory the driver takes its own copy first: nothing waits, nothing is lost.
-        index = slots.reshape(-1).to(self.device, non_blocking=True)
-        store_frames(self.k(layer), self.k_scales(layer), index, k.reshape(B * frames, *page))
-        store_frames(self.v(layer), self.v_scales(layer), index, v.reshape(B * frames, *page))
+        flat = slots.reshape(-1)
+        store_frames(self.k(layer), self.k_scales(layer), flat, k.reshape(B * frames, *page))
+        store_frames(self.v(layer), self.v_scales(layer), flat, v.reshape(B * frames, *page))
         self.mark_written(layer, slots)
 
     def mark_written(self, layer: int, slots: Tensor) -> None:

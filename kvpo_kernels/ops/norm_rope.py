@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from kvpo_kernels import registry
 from kvpo_kernels.errors import ConfigError, DtypeError, ShapeError
-from kvpo_kernels.history.quantization import check_scales, store_frames
+from kvpo_kernels.ops.store_frames import check_scales, store_frames
 from kvpo_kernels.registry import Backend
 
 OP = "norm_rope"
@@ -250,10 +250,9 @@ def qk_norm_rope_write(
         raise ShapeError("qk_norm_rope_write has no backward: call it under torch.no_grad()")
     if k_scales is not None:  # a scale needs the whole frame first
         new_q, new_k = _forward(q, k, q_weight, k_weight, cos, sin, eps, name)
-        index = slots.reshape(-1).to(q.device, non_blocking=True)
-        page = (index.numel(), *k_pool.shape[1:])
-        store_frames(k_pool, k_scales, index, new_k.reshape(page))
-        store_frames(v_pool, v_scales, index, v.reshape(page))
+        page, flat = (slots.numel(), *k_pool.shape[1:]), slots.reshape(-1)
+        store_frames(k_pool, k_scales, flat, new_k.reshape(page), name)
+        store_frames(v_pool, v_scales, flat, v.reshape(page), name)
         return new_q  # type: ignore[no-any-return]
     return _write(  # type: ignore[no-any-return]
         q, k, v, q_weight, k_weight, cos, sin, k_pool, v_pool, slots, eps, name

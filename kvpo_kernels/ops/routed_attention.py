@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from kvpo_kernels import registry
 from kvpo_kernels.errors import BackendUnavailable, ConfigError, DtypeError, ShapeError
-from kvpo_kernels.history.quantization import LARGEST, check_scales
 from kvpo_kernels.history.route_table import RouteTable
+from kvpo_kernels.ops.store_frames import PAGE_DTYPES, check_scales
 from kvpo_kernels.registry import Backend
 
 OP = "routed_attention"
@@ -278,7 +278,7 @@ def _check(
         )
     others = (("k_pool", k_pool), ("v_pool", v_pool), ("k_live", k_live), ("v_live", v_live))
     for name, t in others[:2]:
-        if t.element_size() == 1 and t.dtype not in LARGEST:
+        if t.element_size() == 1 and t.dtype not in PAGE_DTYPES:
             why = (
                 f"{name} is {t.dtype}: of the quantized caches, int8 and float8_e4m3fn are"
                 " supported, other formats (LongLive-2 NVFP4) are not"

@@ -9,6 +9,7 @@ namespace py = pybind11;
 void bind_routed_attention(py::module_& m);
 void bind_tve_grpo(py::module_& m);
 void bind_norm_rope(py::module_& m);
+void bind_store_frames(py::module_& m);
 void bind_peak_flops(py::module_& m);
 
 PYBIND11_MODULE(_native, m) {
@@ -34,5 +35,6 @@ PYBIND11_MODULE(_native, m) {
   bind_routed_attention(m);
   bind_tve_grpo(m);
   bind_norm_rope(m);
+  bind_store_frames(m);
   bind_peak_flops(m);
 }

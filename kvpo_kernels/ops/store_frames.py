@@ -1,0 +1,166 @@
+"""Frames into the slots of a pool, as they are or rounded to 8 bits.
+
+Shape letters: n frames, F slots, T tokens per frame, H heads, D head size.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvpo_kernels import registry
+from kvpo_kernels.errors import DtypeError, ShapeError
+from kvpo_kernels.registry import Backend
+
+OP = "store_frames"
+PAGE_DTYPES = (torch.int8, torch.float8_e4m3fn)
+
+
+class Problem(NamedTuple):
+    """What a backend needs to know to accept or refuse a call."""
+
+    device: str
+    dtype: torch.dtype
+
+
+def _why_not_cpu(p: Problem) -> str | None:
+    if not registry.HAS_NATIVE:
+        return "the native module is not built"
+    if p.device != "cpu":
+        return f"takes cpu tensors, got {p.device}"
+    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16, got {p.dtype}"
+    return None
+
+
+def _why_not_triton(p: Problem) -> str | None:
+    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"takes float32, bfloat16 and float16, got {p.dtype}"
+    return registry.why_not_triton(p.device)
+
+
+BACKENDS: tuple[Backend[Problem], ...] = (
+    Backend("cpu", "kvpo_kernels.backends.native.store_frames", _why_not_cpu),
+    Backend("triton", "kvpo_kernels.backends.triton.store_frames", _why_not_triton),
+    Backend("reference", "kvpo_kernels.reference.store_frames", lambda p: None),
+)
+
+
+@torch.no_grad()
+def quantize_frames(
+    frames: Tensor, dtype: torch.dtype, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Round keys or values to 8 bits with one scale per frame and head.
+
+        scale[f, h]   = max over t, d of |frames[f, t, h, d]| / largest
+        pages         = round(frames / scale)                          frames ~ pages * scale
+
+    `largest` is 127 for int8 and 448 for float8_e4m3fn. An int8 page is off by at most scale / 2; a
+    float8 page by a sixteenth of each value, and scale / 1024 where that is less. Of values that
+    spread evenly over a head int8 keeps more, of those with outliers float8. The bits are the same
+    on every device and backend.
+
+    Args:
+        frames: `[..., T, H, D]`, any float dtype.
+        dtype: torch.int8 or torch.float8_e4m3fn.
+        backend: a name in `BACKENDS`; None takes the first that can run.
+
+    Returns:
+        `(pages [..., T, H, D], scales [..., H] float32)`, for `k_scales` and `v_scales` of
+        `routed_attention`. A head of a frame with a NaN or an infinity has a scale that makes all
+        of it NaN; one of zeros has scale 1.
+
+    Raises:
+        DtypeError: another dtype.
+        ShapeError: fewer than three axes, or nothing to find the largest of.
+        BackendUnavailable: not the named backend can run the call.
+    """
+    if dtype not in PAGE_DTYPES:
+        raise DtypeError(f"dtype must be one of {list(PAGE_DTYPES)}, got {dtype}")
+    if not frames.is_floating_point():
+        raise DtypeError(f"frames must be a floating-point tensor, got {frames.dtype}")
+    if frames.ndim < 3 or 0 in frames.shape[-3:]:
+        raise ShapeError(f"frames must be [..., T, H, D] and not empty, got {list(frames.shape)}")
+    pages = torch.empty(frames.shape, dtype=dtype, device=frames.device)
+    scales = frames.new_empty(*frames.shape[:-3], frames.shape[-2], dtype=torch.float32)
+    flat = pages.view(-1, *frames.shape[-3:])
+    slots = torch.arange(len(flat))
+    store_frames(
+        flat, scales.view(-1, frames.shape[-2]), slots, frames.reshape(flat.shape), backend
+    )
+    return pages, scales
+
+
+def check_scales(
+    k_pool: Tensor,
+    v_pool: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    device: torch.device,
+) -> bool:
+    """Whether the pools `[F, T, H, D]` are quantized; their scales then fit, else there are none.
+
+    Raises:
+        ShapeError, DtypeError: naming the argument; metadata only.
+    """
+    if k_pool.dtype not in PAGE_DTYPES:
+        if k_scales is None and v_scales is None:
+            return False
+        raise ShapeError(f"k_scales and v_scales go with quantized pools, k_pool is {k_pool.dtype}")
+    if v_pool.dtype is not k_pool.dtype:
+        raise DtypeError(f"v_pool must be {k_pool.dtype} like k_pool, got {v_pool.dtype}")
+    shape = [k_pool.shape[0], k_pool.shape[2]]
+    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if not isinstance(scales, Tensor):
+            raise ShapeError(f"{name} must be given: k_pool is {k_pool.dtype}")
+        if list(scales.shape) != shape:
+            raise ShapeError(f"{name} must be {shape}, got {list(scales.shape)}")
+        if scales.dtype is not torch.float32 or scales.device != device:
+            raise DtypeError(
+                f"{name} must be float32 on {device} like q, got {scales.dtype} on {scales.device}"
+            )
+        if not scales.is_contiguous():
+            raise ShapeError(f"{name} must be contiguous, got strides {scales.stride()}")
+        if scales.requires_grad:
+            raise ShapeError(f"{name} requires grad, but a pool is a constant: detach it")
+    return True
+
+
+@torch.no_grad()
+def store_frames(
+    pool: Tensor,
+    scales: Tensor | None,
+    slots: Tensor,
+    frames: Tensor,
+    backend: str | None = None,
+) -> None:
+    """Write frames `[n, T, H, D]` into slots `[n]` of a pool `[F, T, H, D]`, quantized or not.
+
+    All has been checked: slots are int64 on the host, and all different. Scales are given, `[F, H]`
+    contiguous, where the pool is quantized. A plain pool needs no kernel of ours.
+    """
+    if scales is None:
+        # From pageable memory the driver takes its own copy first: nothing waits, nothing is lost.
+        pool[slots.to(pool.device, non_blocking=True)] = frames
+    elif frames.numel():
+        problem = Problem(frames.device.type, frames.dtype)
+        chosen = registry.select(OP, BACKENDS, problem, backend).name
+        _store(frames, pool, scales, slots, chosen)
+
+
+torch.library.define(
+    "kvpo::store_frames",
+    "(Tensor frames, Tensor(a!) pool, Tensor(b!) scales, Tensor slots, str backend) -> ()",
+)
+_MODULES = {b.name: b for b in BACKENDS}
+
+
+def _store_impl(frames: Tensor, pool: Tensor, scales: Tensor, slots: Tensor, backend: str) -> None:
+    _MODULES[backend].load().store(frames, pool, scales, slots)
+
+
+def _store_fake(*_: object) -> None:
+    return None
+
+
+_store = registry.register("kvpo::store_frames", _store_impl, _store_fake)
