@@ -341,9 +341,9 @@ class FramePool:
                     f"{name} must be {self.dtype} on {self.device} like the pool, got"
                     f" {tensor.dtype} on {tensor.device}"
                 )
-        flat = slots.reshape(-1)
-        store_frames(self.k(layer), self.k_scales(layer), flat, k.reshape(B * frames, *page))
-        store_frames(self.v(layer), self.v_scales(layer), flat, v.reshape(B * frames, *page))
+        to = slots.reshape(-1)
+        store_frames(self.k(layer), self.k_scales(layer), to, k.reshape(B * frames, *page))
+        store_frames(self.v(layer), self.v_scales(layer), to, v.reshape(B * frames, *page))
         self.mark_written(layer, slots)
 
     def mark_written(self, layer: int, slots: Tensor) -> None:

@@ -81,7 +81,7 @@ def quantize_frames(
         raise DtypeError(f"frames must be a floating-point tensor, got {frames.dtype}")
     if frames.ndim < 3 or 0 in frames.shape[-3:]:
         raise ShapeError(f"frames must be [..., T, H, D] and not empty, got {list(frames.shape)}")
-    pages = torch.empty(frames.shape, dtype=dtype, device=frames.device)
+    pages = frames.new_empty(frames.shape, dtype=dtype)
     scales = frames.new_empty(*frames.shape[:-3], frames.shape[-2], dtype=torch.float32)
     flat = pages.view(-1, *frames.shape[-3:])
     slots = torch.arange(len(flat))
