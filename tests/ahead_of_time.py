@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from kvpo_kernels.backends.gluon import routed_attention as gluon
-from kvpo_kernels.backends.triton import configs, norm_rope, tve_grpo
+from kvpo_kernels.backends.triton import configs, norm_rope, store_frames, tve_grpo
 from kvpo_kernels.backends.triton import routed_attention as portable
 
 # name: (target, kind of GPU in the table of launch configurations)
@@ -36,6 +36,7 @@ TARGETS = {
 PORTABLE = [("routed_attention", "triton", D, 1560) for D in (64, 128, 256)]
 PORTABLE += [("routed_attention float8_e4m3fn", "triton", 128, 1560)]  # int8 needs no more
 PORTABLE += [("tve_grpo", "triton", 0, 0), ("norm_rope", "triton", 128, 1560)]
+PORTABLE += [("store_frames", "triton", 128, 1560)]
 HOPPER = [("routed_attention", "gluon", D, T) for D in (64, 128) for T in (1560, 1350, 128)]
 HOPPER += [("routed_attention int8", "triton", 128, 1560)]
 
@@ -56,6 +57,11 @@ def call(op: str, backend: str, head_size: int, frame_tokens: int, kind: str) ->
         slots = torch.empty(B, 3, dtype=torch.int64)
         norm_rope.write(x, x, x, *weights, *angles, pool, pool, slots, 1e-6)
         norm_rope.backward(x, x, x, x, *weights, *angles, 1e-6)
+        return
+    if op == "store_frames":
+        frames, slots = torch.empty(24, 1560, H, head_size, dtype=dtype), torch.empty(24).long()
+        for page in (torch.int8, torch.float8_e4m3fn):
+            store_frames.store(frames, frames.to(page), torch.empty(24, H), slots)
         return
     q, *live = (torch.empty(B, Q, H, head_size, dtype=dtype) for _ in range(3))
     _, _, page = op.partition(" ")

@@ -197,9 +197,6 @@ KVPO_INLINE Vec sub(Vec a, Vec b) {
 KVPO_INLINE Vec mul(Vec a, Vec b) {
   return _mm512_mul_ps(a, b);
 }
-KVPO_INLINE Vec div(Vec a, Vec b) {
-  return _mm512_div_ps(a, b);
-}
 KVPO_INLINE Vec max_of(Vec a, Vec b) {
   return _mm512_max_ps(a, b);
 }
@@ -361,9 +358,6 @@ KVPO_INLINE Vec sub(Vec a, Vec b) {
 KVPO_INLINE Vec mul(Vec a, Vec b) {
   return _mm256_mul_ps(a, b);
 }
-KVPO_INLINE Vec div(Vec a, Vec b) {
-  return _mm256_div_ps(a, b);
-}
 KVPO_INLINE Vec max_of(Vec a, Vec b) {
   return _mm256_max_ps(a, b);
 }
@@ -472,9 +466,6 @@ KVPO_INLINE Vec sub(const Vec& a, const Vec& b) {
 }
 KVPO_INLINE Vec mul(const Vec& a, const Vec& b) {
   return each([&](int i) { return a.lane[i] * b.lane[i]; });
-}
-KVPO_INLINE Vec div(const Vec& a, const Vec& b) {
-  return each([&](int i) { return a.lane[i] / b.lane[i]; });
 }
 KVPO_INLINE Vec larger_magnitude(const Vec& most, const Vec& v) {
   return each([&](int i) {

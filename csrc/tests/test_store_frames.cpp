@@ -101,7 +101,7 @@ void check(int64_t D, kvpo::Page page, const char* isa) {
           const size_t place = static_cast<size_t>(to * slot + t * token + h * (D + 1) + d);
           const uint8_t code = pool.pages[place];
           written[place] = true;
-          const float scaled = frames[at(i, t, h, d)] / scale;
+          const float scaled = frames[at(i, t, h, d)] * (1.0f / scale);
           if (broken)
             expect(code == (page == kvpo::Page::kInt8 ? 0 : 0x7f), "code of NaN", isa, D);
           else if (page == kvpo::Page::kInt8)

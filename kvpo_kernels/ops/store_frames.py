@@ -53,7 +53,7 @@ def quantize_frames(
     r"""Round keys or values to 8 bits with one scale per frame and head.
 
         scale[f, h]   = max over t, d of |frames[f, t, h, d]| / largest
-        pages         = round(frames / scale)                          frames ~ pages * scale
+        pages         = round(frames * (1 / scale))                    frames ~ pages * scale
 
     `largest` is 127 for int8 and 448 for float8_e4m3fn. An int8 page is off by at most scale / 2; a
     float8 page by a sixteenth of each value, and scale / 1024 where that is less. Of values that

@@ -15,7 +15,7 @@ def quantized(frames: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     scales = (largest * (1.0 / _LARGEST[dtype])).clamp_min(_LEAST_SCALE)
     scales = torch.where(largest == 0, 1.0, scales)
     scales = torch.where(largest.isfinite(), scales, torch.nan)
-    scaled = wide / scales[..., None, :, None]
+    scaled = wide * (1.0 / scales)[..., None, :, None]
     if dtype is torch.int8:
         scaled = scaled.nan_to_num_().round_()
     return scaled.to(dtype), scales

@@ -52,12 +52,13 @@ def _store_kernel(
     scale = tl.where(most == 0, 1.0, scale)
     slot = tl.load(slots + frame)
     tl.store(scales + slot * H + head, tl.where(finite, scale, float("nan")))
+    inverse = tl.where(finite, tl.div_rn(1.0, scale), 0.0)
     to = pool + slot * strides[0] + head.to(tl.int64) * strides[2]
     d = tl.arange(0, WIDTH)
     for start in range(0, T, BLOCK_T):
         t = start + tl.arange(0, BLOCK_T)
         x, _ = _bits(frames, first, t, T, H, D, WIDTH)
-        code = tl.where(finite, _code(tl.div_rn(x, scale), FLOAT8), 0x7F if FLOAT8 else 0)
+        code = tl.where(finite, _code(x * inverse, FLOAT8), 0x7F if FLOAT8 else 0)
         at = t.to(tl.int64)[:, None] * strides[1] + d[None, :]
         inside = (t < T)[:, None] & (d < D)[None, :]
         tl.store(to + at, (code & 0xFF).to(tl.uint8), mask=inside)
