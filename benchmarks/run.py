@@ -20,7 +20,7 @@ from harness import ROOT, Record, line, records
 from kvpo_kernels import doctor
 
 HERE = Path(__file__).resolve().parent
-BENCHMARKS = ("routed_attention", "tve_grpo", "norm_rope")
+BENCHMARKS = ("routed_attention", "tve_grpo", "norm_rope", "store_frames")
 
 
 def environment(threads: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ KERNELS = {
     "routed_attention": ["forward_kernel", "grad_q_kernel", "grad_live_kernel"],
     "tve_grpo": ["energies_kernel", "gradient_kernel"],
     "norm_rope": ["forward_kernel"] * 2 + ["backward_kernel"] * 2,
+    "store_frames": ["store_kernel"] * 2,
 }
 # Two accumulators, two score tiles and their rounded copies fill 240 registers but for a few words,
 # which go to L1 outside the matrix products' way.

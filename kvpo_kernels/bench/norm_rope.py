@@ -6,12 +6,14 @@ The bars are those of an H200 in bfloat16; elsewhere the same cases run smaller 
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvpo_kernels import RopeTable, qk_norm_rope_write
 from kvpo_kernels.bench.comparison import Baselines, Comparison, Record, memory_bound_parts
+from kvpo_kernels.reference.store_frames import quantized
 
 EPS = 1e-6
 FIRST_FRAME = 21
@@ -27,6 +29,8 @@ class Case:
     grid: tuple[int, int, int] = (3, 30, 52)
     heads: int = 12
     head_size: int = 128
+    page: str = ""
+    """dtype of the pool where it is quantized"""
 
     def smaller(self) -> "Case":
         """The same on a CPU."""
@@ -34,6 +38,7 @@ class Case:
 
 
 CASES = (Case(), Case(variant="h40", heads=40), Case(variant="one-branch", branches=1))
+CASES += (Case(variant="int8", page="int8"),)
 BARS = {"R1": 10.0, "R1/compile": 1.2, "R1/copy": 0.8}
 
 
@@ -69,7 +74,9 @@ class Bench(Comparison):
     ) -> None:
         B, H, D = case.branches, case.heads, case.head_size
         frames, T = case.grid[0], case.grid[1] * case.grid[2]
-        moved = 6 * B * frames * T * H * D * dtype.itemsize  # q, k, v: each read and written once
+        page = getattr(torch, case.page) if case.page else dtype
+        # q, k, v: each read and written once
+        moved = B * frames * T * H * D * (4 * dtype.itemsize + 2 * page.itemsize)
         shape = {"branches": B, "grid": list(case.grid), "heads": H, "head_size": D}
         sizes = (shape, dtype, device, backend, quick)
         super().__init__("norm_rope", case.variant, *sizes, bars=BARS, moved=moved)
@@ -84,7 +91,8 @@ class Bench(Comparison):
         order = torch.Generator().manual_seed(1)
         self.slots = torch.randperm(B * frames, generator=order).view(B, frames)
         self.index = self.slots.flatten().to(device)
-        self.pools = torch.zeros(2, B * frames, T, H, D, dtype=dtype, device=device)
+        self.pools = torch.zeros(2, B * frames, T, H, D, dtype=page, device=device)
+        self.scales = torch.ones(2, B * frames, H, device=device) if case.page else (None, None)
         self.rope = RopeTable(D, device=device)
         self.cos, self.sin = self.rope.tokens(FIRST_FRAME, case.grid)
         self.rotation = torch.complex(*self.rope.tokens(FIRST_FRAME, case.grid, wide=True))
@@ -102,28 +110,36 @@ class Bench(Comparison):
             k_pool=self.pools[0],
             v_pool=self.pools[1],
             slots=self.slots,
+            k_scales=self.scales[0],
+            v_scales=self.scales[1],
             backend=self.backend,
         )
         return q, self.pools
 
-    def in_torch(self, turn: Callable[..., Tensor], *angles: Tensor) -> tuple[Tensor, Tensor]:
+    def in_torch(
+        self, turn: Callable[..., Tensor], rounded: Callable[..., Any], *angles: Tensor
+    ) -> tuple[Tensor, Tensor]:
         page = (len(self.index), *self.pools.shape[2:])
-        self.pools[0][self.index] = turn(self.k, self.weights[1], *angles).view(page)
-        self.pools[1][self.index] = self.v.view(page)
+        frames = turn(self.k, self.weights[1], *angles).view(page), self.v.view(page)
+        for pool, scales, x in zip(self.pools, self.scales, frames, strict=True):
+            if scales is None:
+                pool[self.index] = x
+            else:
+                pool[self.index], scales[self.index] = rounded(x, pool.dtype)
         return turn(self.q, self.weights[0], *angles), self.pools
 
     @torch.no_grad()
     def run(self, copy_tbps: float) -> Iterator[Record]:
         """q, and k and v in their slots, and how near it comes to a copy of as many bytes."""
-        compiled = torch.compile(fused, dynamic=False)
+        compiled, rounded = (torch.compile(f, dynamic=False) for f in (fused, quantized))
         others: Baselines = {
             "R1": (
                 "torch, float64 rotation",
-                lambda: functools.partial(self.in_torch, original, self.rotation),
+                lambda: functools.partial(self.in_torch, original, quantized, self.rotation),
             ),
             "R1/compile": (
                 "torch.compile",
-                lambda: functools.partial(self.in_torch, compiled, self.cos, self.sin),
+                lambda: functools.partial(self.in_torch, compiled, rounded, self.cos, self.sin),
             ),
         }
         flops = 13.0 * (self.q.numel() + self.k.numel()) / 2

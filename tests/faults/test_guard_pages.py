@@ -12,6 +12,7 @@ import torch
 from kvpo_kernels import RopeTable, RouteTable, _native
 from kvpo_kernels import (qk_norm_rope, qk_norm_rope_write, quantize_frames, routed_attention,
     tve_grpo_loss)
+from kvpo_kernels.ops.store_frames import store_frames
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -50,6 +51,10 @@ def norm_rope(q, k, v, q_weight, k_weight, pools, grad):
             k_pool=pools[0], v_pool=pools[1], slots=slots, backend="cpu")
     return [*outs, *grads, written, pools]
 
+def stored(frames, pool, scales):
+    store_frames(pool, scales, torch.tensor([2, 0]), frames, "cpu")
+    return [pool.view(torch.uint8), scales]
+
 kept = []
 g = torch.Generator().manual_seed(0)
 for isa in ("portable", "avx2", "avx512", "avx512_bf16"):
@@ -64,6 +69,10 @@ for isa in ("portable", "avx2", "avx512", "avx512_bf16"):
             for page in (torch.int8, torch.float8_e4m3fn):
                 pages, scales = zip(*(quantize_frames(pool, page) for pool in pools))
                 same(attention, [q, *pages, *live, grad, *scales])
+        for T, H, D in ((1, 1, 1), (5, 3, 37), (13, 2, 48)):
+            for page in (torch.int8, torch.float8_e4m3fn):
+                pool = torch.zeros(3, T, H, D).to(page)
+                same(stored, [draw(2, T, H, D), pool, torch.ones(3, H)])
         if dtype is torch.float16:
             continue
         for N in (1, 37, 4097):
