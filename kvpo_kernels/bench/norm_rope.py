@@ -37,8 +37,12 @@ class Case:
         return replace(self, branches=1, grid=(3, 8, 8), heads=2)
 
 
-CASES = (Case(), Case(variant="h40", heads=40), Case(variant="one-branch", branches=1))
-CASES += (Case(variant="int8", page="int8"),)
+CASES = (
+    Case(),
+    Case(variant="h40", heads=40),
+    Case(variant="one-branch", branches=1),
+    Case(variant="int8", page="int8"),
+)
 BARS = {"R1": 10.0, "R1/compile": 1.2, "R1/copy": 0.8}
 
 
@@ -131,7 +135,8 @@ class Bench(Comparison):
     @torch.no_grad()
     def run(self, copy_tbps: float) -> Iterator[Record]:
         """q, and k and v in their slots, and how near it comes to a copy of as many bytes."""
-        compiled, rounded = (torch.compile(f, dynamic=False) for f in (fused, quantized))
+        compiled = torch.compile(fused, dynamic=False)
+        rounded = torch.compile(quantized, dynamic=False)
         others: Baselines = {
             "R1": (
                 "torch, float64 rotation",
