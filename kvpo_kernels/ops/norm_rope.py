@@ -336,13 +336,17 @@ def _check_write(
         raise ShapeError(f"slots must be [{q.shape[0]}, {grid[0]}], got {list(slots.shape)}")
     if torch.compiler.is_compiling():
         return  # values are not known while tracing
+    named = slots.flatten().tolist()
+    if named and (min(named) < 0 or max(named) >= k_pool.shape[0] or len(set(named)) < len(named)):
+        _raise_for_slot(slots, k_pool.shape[0])
+
+
+def _raise_for_slot(slots: Tensor, num_slots: int) -> None:
     seen: set[int] = set()
     for b, row in enumerate(slots.tolist()):
         for i, slot in enumerate(row):
-            if not 0 <= slot < k_pool.shape[0]:
-                raise ShapeError(
-                    f"slots[branch={b}, frame={i}] = {slot} not in [0, {k_pool.shape[0]})"
-                )
+            if not 0 <= slot < num_slots:
+                raise ShapeError(f"slots[branch={b}, frame={i}] = {slot} not in [0, {num_slots})")
             if slot in seen:
                 raise ShapeError(f"slots[branch={b}, frame={i}] = {slot} is named twice")
             seen.add(slot)
