@@ -1,6 +1,7 @@
 // Frames rounded to 8 bits, with one scale per frame and head, into the slots of a pool.
 //
-//   scale[slot, h] = max over t, d of |frames[i, t, h, d]| / largest,   page = round(frame * (1 / scale))
+//   scale[slot, h]      = max over t, d of |frames[i, t, h, d]| / largest
+//   pool[slot, t, h, d] = round(frames[i, t, h, d] * (1 / scale[slot, h]))
 //
 // `largest` is 127 for int8 and 448 for float8_e4m3fn; rounding is to nearest even. A head of zeros
 // has scale 1; one with a NaN or an infinity has scale NaN.
