@@ -19,7 +19,7 @@ from kvpo_kernels.errors import DtypeError, PoolError, ShapeError
 from kvpo_kernels.history.eviction import EvictionPolicy
 from kvpo_kernels.history.pages import Pages
 from kvpo_kernels.history.route_table import RouteTable, Rows
-from kvpo_kernels.ops.store_frames import PAGE_DTYPES, store_frames
+from kvpo_kernels.ops.store_frames import PAGE_DTYPES, check_slots, store_frames
 
 
 @dataclass(frozen=True)
@@ -326,9 +326,13 @@ class FramePool:
 
         Raises:
             ShapeError, DtypeError: before anything is written.
+            PoolError: a slot that has come to be shared since: `prepare_write` again.
         """
         self._check_layer(layer)
+        if slots.ndim != 2:
+            raise ShapeError(f"slots must be [B, frames], got {list(slots.shape)}")
         B, frames = slots.shape
+        check_slots(slots, [B, frames], self.num_slots)
         page = (self.frame_tokens, self.num_heads, self.head_dim)
         flat, split = (B, frames * page[0], *page[1:]), (B, frames, *page)
         for name, tensor in (("k", k), ("v", v)):
@@ -341,6 +345,7 @@ class FramePool:
                     f"{name} must be {self.dtype} on {self.device} like the pool, got"
                     f" {tensor.dtype} on {tensor.device}"
                 )
+        self._check_private(slots)
         to = slots.reshape(-1)
         store_frames(self.k(layer), self.k_scales(layer), to, k.reshape(B * frames, *page))
         store_frames(self.v(layer), self.v_scales(layer), to, v.reshape(B * frames, *page))
@@ -371,6 +376,18 @@ class FramePool:
                 free_host_slots=len(self._free_host),
                 host_bytes=self._pages.host_nbytes,
             )
+
+    def _check_private(self, slots: Tensor) -> None:
+        with self._lock:
+            self._settle()
+            for b, row in enumerate(slots.tolist()):
+                for i, slot in enumerate(row):
+                    timelines, tables = self._timeline_refs[slot], self._table_refs[slot]
+                    if (timelines, tables) != (1, 0):
+                        raise PoolError(
+                            f"slots[branch={b}, frame={i}] = {slot} is held by {timelines}"
+                            f" timelines and {tables} route tables, not by one timeline alone"
+                        )
 
     def _check_rows(self, timelines: Sequence["Timeline"]) -> None:
         for b, timeline in enumerate(timelines):

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from kvpo_kernels import registry
 from kvpo_kernels.errors import ConfigError, DtypeError, ShapeError
-from kvpo_kernels.ops.store_frames import check_scales, store_frames
+from kvpo_kernels.ops.store_frames import check_scales, check_slots, store_frames
 from kvpo_kernels.registry import Backend
 
 OP = "norm_rope"
@@ -330,26 +330,7 @@ def _check_write(
         raise ShapeError(
             f"v_pool must be {list(k_pool.shape)} like k_pool, got {list(v_pool.shape)}"
         )
-    if slots.dtype is not torch.int64 or slots.device.type != "cpu":
-        raise DtypeError(f"slots must be int64 on the cpu, got {slots.dtype} on {slots.device}")
-    if slots.shape != (q.shape[0], grid[0]):
-        raise ShapeError(f"slots must be [{q.shape[0]}, {grid[0]}], got {list(slots.shape)}")
-    if torch.compiler.is_compiling():
-        return  # values are not known while tracing
-    named = slots.flatten().tolist()
-    if named and (min(named) < 0 or max(named) >= k_pool.shape[0] or len(set(named)) < len(named)):
-        _raise_for_slot(slots, k_pool.shape[0])
-
-
-def _raise_for_slot(slots: Tensor, num_slots: int) -> None:
-    seen: set[int] = set()
-    for b, row in enumerate(slots.tolist()):
-        for i, slot in enumerate(row):
-            if not 0 <= slot < num_slots:
-                raise ShapeError(f"slots[branch={b}, frame={i}] = {slot} not in [0, {num_slots})")
-            if slot in seen:
-                raise ShapeError(f"slots[branch={b}, frame={i}] = {slot} is named twice")
-            seen.add(slot)
+    check_slots(slots, [q.shape[0], grid[0]], k_pool.shape[0])
 
 
 torch.library.define(

@@ -126,6 +126,31 @@ def check_scales(
     return True
 
 
+def check_slots(slots: Tensor, shape: list[int], num_slots: int) -> None:
+    """Check the slots that rows of frames, `[B, frames]`, are about to be written to.
+
+    Raises:
+        ShapeError, DtypeError: naming the branch, the frame and the slot.
+    """
+    if slots.dtype is not torch.int64 or slots.device.type != "cpu":
+        raise DtypeError(f"slots must be int64 on the cpu, got {slots.dtype} on {slots.device}")
+    if list(slots.shape) != shape:
+        raise ShapeError(f"slots must be {shape}, got {list(slots.shape)}")
+    if torch.compiler.is_compiling():
+        return  # values are not known while tracing
+    named = slots.flatten().tolist()
+    if not named or (min(named) >= 0 and max(named) < num_slots and len(set(named)) == len(named)):
+        return
+    seen: set[int] = set()
+    for b, row in enumerate(slots.tolist()):
+        for i, slot in enumerate(row):
+            if not 0 <= slot < num_slots:
+                raise ShapeError(f"slots[branch={b}, frame={i}] = {slot} not in [0, {num_slots})")
+            if slot in seen:
+                raise ShapeError(f"slots[branch={b}, frame={i}] = {slot} is named twice")
+            seen.add(slot)
+
+
 @torch.no_grad()
 def store_frames(
     pool: Tensor,

@@ -113,6 +113,31 @@ def test_writes_that_do_not_fit() -> None:
     )
 
 
+@pytest.mark.parametrize("page_dtype", [None, torch.int8])
+def test_slots_that_nobody_may_write_to(page_dtype: torch.dtype | None) -> None:
+    pool = FramePool(6, TOKENS, 1, HEADS, D, dtype=torch.float32, page_dtype=page_dtype)
+    video = pool.timeline()
+    page = torch.ones(1, 2 * TOKENS, HEADS, D)
+    pool.write(0, slots := pool.prepare_write([video], video.append(2), 2), page, page)
+
+    def refused(slots: torch.Tensor, error: type[Exception], match: str) -> None:
+        unchanged(pool, video, lambda: pool.write(0, slots, 2 * page, 2 * page), error, match)
+
+    refused(slots + 5, ShapeError, r"slots\[branch=0, frame=1\] = 6 not in \[0, 6\)")
+    refused(slots - 1, ShapeError, r"slots\[branch=0, frame=0\] = -1 not in \[0, 6\)")
+    refused(slots * 0, ShapeError, r"slots\[branch=0, frame=1\] = 0 is named twice")
+    refused(slots[0], ShapeError, r"slots must be \[B, frames\], got \[2\]")
+    refused(slots.int(), DtypeError, r"slots must be int64 on the cpu, got torch\.int32")
+    refused(slots + 1, PoolError, r"frame=1\] = 2 is held by 0 timelines and 0 route tables")
+    table = pool.routes([[1]])
+    refused(slots, PoolError, r"frame=1\] = 1 is held by 1 timelines and 1 route tables")
+    del table
+    branch = video.fork(1)[0]
+    refused(slots, PoolError, r"frame=0\] = 0 is held by 2 timelines and 0 route tables")
+    branch.release()
+    pool.write(0, slots, 2 * page, 2 * page)
+
+
 def test_a_released_timeline_is_of_no_use() -> None:
     pool, video = make_pool()
     branch = video.fork(1)[0]
