@@ -148,6 +148,7 @@ def facts(kernel: Any) -> dict[str, Any]:
         "matrix": count(r"\b(?:HMMA|HGMMA|QGMMA|UTCHMMA|UTCQMMA)\b"),
         "wgmma": count(r"\bHGMMA"),
         "tma_loads": count(r"\bUTMALDG"),
+        "fused_adds": count(r"\bFFMA"),
     }
 
 

@@ -29,7 +29,9 @@ def _code(scaled, FLOAT8: tl.constexpr):
         small = (size.to(tl.float32, bitcast=True) + 16384.0).to(tl.int32, bitcast=True)
         code = tl.where(size < 0x3C800000, small - 0x46800000, normal) | ((bits >> 24) & 0x80)
     else:
-        code = (scaled + 12582912.0).to(tl.int32, bitcast=True)  # 1.5 * 2^23 rounds at 1
+        # No value is larger but by a rounding. Without the minimum, the product that made `scaled`
+        # would be fused with the addition, which then rounds another number at 1 (1.5 * 2^23).
+        code = (tl.minimum(scaled, 127.0) + 12582912.0).to(tl.int32, bitcast=True)
     return code
 
 
