@@ -14,7 +14,14 @@ from tqdm import tqdm
 
 from kvpo_trainer import report, session, verify
 from kvpo_trainer.checkpoint import CheckpointError, latest_checkpoint
-from kvpo_trainer.config import ConfigurationError, RunConfig, dump_yaml, load_config
+from kvpo_trainer.config import (
+    ConfigurationError,
+    RunConfig,
+    dump_yaml,
+    from_mapping,
+    load_config,
+    of_weights,
+)
 from kvpo_trainer.data import Prompt, split_prompts
 from kvpo_trainer.evaluation import Evaluation, evaluate
 from kvpo_trainer.generator import Generator
@@ -131,8 +138,9 @@ def _train(options: argparse.Namespace, config: RunConfig) -> int:
     started = time.perf_counter()
     weights = load_weights(options.weights)
     weights.generator.history = config.history
-    made = weights.config  # the weights decide what they were made with
-    config = replace(config, data=made.data, generator=made.generator, pretrain=made.pretrain)
+    config = of_weights(config, weights.config)
+    if options.figure is not None:
+        _check_figure(options.figure)
     train, held_out = split_prompts()
     prompts = held_out[: config.train.evaluation_prompts]
     out: Path = options.out
@@ -140,7 +148,7 @@ def _train(options: argparse.Namespace, config: RunConfig) -> int:
         trainer = Trainer(weights.generator, weights.reward_model, train, config.kvpo, config.seed)
         resumed = False
         if options.resume or options.strict_resume:
-            resumed = session.resume(trainer, out, options.strict_resume)
+            resumed = session.resume(trainer, out, config, options.strict_resume)
             if not resumed:
                 print("nothing to resume: starting anew")
         elif any((out / "checkpoints").glob("step-*")):
@@ -151,28 +159,32 @@ def _train(options: argparse.Namespace, config: RunConfig) -> int:
             options.figure.parent.mkdir(parents=True, exist_ok=True)
         before = _evaluation(trainer.initial, weights, config, prompts, "before")
         limit = config.train.minutes
-        bar = tqdm(
+        last: list[StepResult] = []
+        with tqdm(
             total=None if limit else config.train.iterations,
             initial=trainer.step_index,
             desc=f"KVPO, {limit:g} minutes" if limit else "KVPO",
             unit="rollout",
-        )
-        last: list[StepResult] = []
+        ) as bar:
 
-        def show(result: StepResult) -> None:
-            m = result.metrics
-            bar.set_postfix(
-                {head: f"{m[f'{head}_branches']:.3f}" for head in HEADS}
-                | {"reward": f"{m['reward_branches']:.3f}"}
-            )
-            bar.update()
-            last[:] = [result]
+            def show(result: StepResult) -> None:
+                m = result.metrics
+                bar.set_postfix(
+                    {head: f"{m[f'{head}_branches']:.3f}" for head in HEADS}
+                    | {"reward": f"{m['reward_branches']:.3f}"}
+                )
+                bar.update()
+                last[:] = [result]
 
-        session.train_loop(trainer, out, config, show)
-        bar.close()
+            session.train_loop(trainer, out, config, show)
         after = _evaluation(trainer.policy, weights, config, prompts, "after")
         _write_report(options, config, trainer, before, after, prompts, last, started)
     return 0
+
+
+def _check_figure(path: Path) -> None:
+    if path.suffix not in (".png", ".svg", ".pdf") or path.is_dir():
+        raise ConfigurationError(f"--figure must name a .png, .svg or .pdf file, got {path}")
 
 
 def _write_report(
@@ -238,21 +250,27 @@ def _evaluation(
     )
 
 
-def _policy(options: argparse.Namespace, config: RunConfig) -> Weights:
+def _policy(options: argparse.Namespace, config: RunConfig) -> tuple[Weights, RunConfig]:
     """Weights, with the newest policy of a run in place of the generator where one is named."""
     weights = load_weights(options.weights)
-    weights.generator.history = config.history
     if options.checkpoint is not None:
         checkpoint = latest_checkpoint(options.checkpoint / "checkpoints")
         if checkpoint is None:
-            raise CheckpointError(f"{options.checkpoint}: no checkpoint")
+            raise CheckpointError(f"{options.checkpoint}: no checkpoint; give the run's own folder")
         own = {k[7:]: v for k, v in checkpoint.tensors.items() if k.startswith("policy/")}
         fill(weights.generator, own, checkpoint.path)
-    return weights
+        # A run is judged as it was trained, but for what the command line says.
+        run, default = from_mapping(RunConfig, checkpoint.config), RunConfig()
+        if config.history == default.history:
+            config = replace(config, history=run.history)
+        if config.kvpo.rewards == default.kvpo.rewards:
+            config = replace(config, kvpo=replace(config.kvpo, rewards=run.kvpo.rewards))
+    weights.generator.history = config.history
+    return weights, config
 
 
 def _evaluate(options: argparse.Namespace, config: RunConfig) -> int:
-    weights = _policy(options, config)
+    weights, config = _policy(options, config)
     prompts = split_prompts()[1][: config.train.evaluation_prompts]
     result = _evaluation(weights.generator, weights, config, prompts, "now")
     for name, values in result.scores.items():
@@ -263,7 +281,7 @@ def _evaluate(options: argparse.Namespace, config: RunConfig) -> int:
 
 def _sample(options: argparse.Namespace, config: RunConfig) -> int:
     prompts = [Prompt.parse(text) for text in options.prompts]
-    weights = _policy(options, config)
+    weights, config = _policy(options, config)
     options.out.mkdir(parents=True, exist_ok=True)
     result = _evaluation(weights.generator, weights, config, prompts, "sampling")
     for i, prompt in enumerate(prompts):
@@ -279,6 +297,7 @@ def _verify(options: argparse.Namespace, config: RunConfig) -> int:
         raise ConfigurationError(
             "--seeds must be at least 2, which have a standard error, and --processes at least 1"
         )
+    config = of_weights(config, load_weights().config)
     seeds = list(range(config.seed + 1, config.seed + 1 + options.seeds))
     passed_on = ["--config", options.config] if options.config else []
     passed_on += [word for override in options.set for word in ("--set", override)]

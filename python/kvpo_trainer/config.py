@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from kvpo_trainer.data import DIGIT_PIXELS, DataConfig
+from kvpo_trainer.data import DIGIT_PIXELS, DataConfig, split_prompts
 from kvpo_trainer.generator import GeneratorConfig, History
 from kvpo_trainer.pretrain import PretrainConfig
 from kvpo_trainer.sampling import SIGMAS
@@ -77,6 +77,13 @@ class RunConfig:
             value, unit = operator.attrgetter(path, of)(self)
             if value % unit:
                 raise ConfigurationError(f"{path} must be a multiple of {of} = {unit}, got {value}")
+        if (self.generator.dim // self.generator.heads) % 2:
+            raise ConfigurationError(
+                "generator.dim / generator.heads must be even, got"
+                f" {self.generator.dim} / {self.generator.heads}"
+            )
+        if self.kvpo.local_weight + self.kvpo.global_weight == 0:
+            raise ConfigurationError("kvpo.local_weight and kvpo.global_weight must not both be 0")
         for path, least in (("data.segment_blocks", 1), ("data.turn_blocks", 0)):
             first, last = operator.attrgetter(path)(self)
             if not least <= first <= last:
@@ -92,7 +99,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "threads": (0, 1024),
     "train.iterations": (0, _ANY),
     "train.minutes": (0, _ANY),
-    "train.evaluation_prompts": (2, _ANY),  # one has no standard error
+    "train.evaluation_prompts": (2, len(split_prompts()[1])),  # one has no standard error
     "train.evaluation_seed": (0, 2**32 - 1),
     "train.save_every": (1, _ANY),
     "train.keep_checkpoints": (1, _ANY),
@@ -132,6 +139,38 @@ _RANGES: dict[str, tuple[float, float]] = {
     "pretrain.routed_share": (0, 1),
     "pretrain.ema": (0, 1),
 }
+
+
+def of_weights(config: RunConfig, made: RunConfig) -> RunConfig:
+    """The configuration with the sections that weights were made with.
+
+    Raises:
+        ConfigurationError: the configuration asks for others: they need `pretrain`.
+    """
+    default = RunConfig()
+    for section in ("data", "generator", "pretrain"):
+        asked, own = getattr(config, section), getattr(made, section)
+        for key, value in dataclasses.asdict(asked).items():
+            if value not in (getattr(own, key), getattr(getattr(default, section), key)):
+                raise ConfigurationError(
+                    f"{section}.{key} = {value} is not what the weights were made with,"
+                    f" {getattr(own, key)}: it takes `pretrain`"
+                )
+    return dataclasses.replace(
+        config, data=made.data, generator=made.generator, pretrain=made.pretrain
+    )
+
+
+def differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> list[str]:
+    """Where two mappings of `to_mapping` differ: `key: value of a, value of b`."""
+    found = []
+    for key in dict.fromkeys((*a, *b)):
+        one, other = a.get(key), b.get(key)
+        if isinstance(one, dict) and isinstance(other, dict):
+            found += differences(one, other, f"{path}{key}.")
+        elif one != other:
+            found.append(f"{path}{key}: {one}, {other}")
+    return found
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvpo_trainer.data import Prompt
 from kvpo_trainer.evaluation import Evaluation, paired_difference
 from kvpo_trainer.rewards import HEADS
+from kvpo_trainer.sampling import LOCAL_FRAMES, SINK_FRAMES
 from kvpo_trainer.update import StepResult
 
 NAMES = {
@@ -204,10 +205,13 @@ def _branch_tree(result: StepResult, prompt: int = 0) -> str:
     rollout, plan = result.rollout, result.rollout.plans[prompt]
     G = result.advantages.shape[1]
     first, fork = rollout.chunk_first_frame, plan.start_frame
+    routing = rollout.routing
+    before_block = max(0, routing.nearest_frames - routing.block_frames)
     rows = []
     for row in range(G + 1):
         anchor = row == G
         frames = [] if anchor else plan.attended[row]
+        nearest = LOCAL_FRAMES if anchor else before_block
         advantage = "" if anchor else f"{float(result.advantages[prompt, row]):+.2f}"
         scores = "".join(
             f"<td class=n>{float(result.rewards[c, prompt, row]):.3f}" for c in range(len(HEADS))
@@ -215,7 +219,7 @@ def _branch_tree(result: StepResult, prompt: int = 0) -> str:
         name = "anchor" if anchor else f"branch {row}"
         video = rollout.chunk[prompt, row, fork - first :]
         rows.append(
-            f"<tr><td>{name}<td>{_route_svg(fork, frames, anchor)}"
+            f"<tr><td>{name}<td>{_route_svg(fork, frames, nearest)}"
             f"<td>{_img(strip(video, 3, 2))}{scores}<td class=n>{advantage}"
         )
     head = "<tr><th><th>frames attended<th>what it showed"
@@ -228,8 +232,8 @@ def _branch_tree(result: StepResult, prompt: int = 0) -> str:
     )
 
 
-def _route_svg(fork: int, routed: Sequence[int], anchor: bool) -> str:
-    shown = {*range(3), *(range(fork - 6, fork) if anchor else [fork - 1])}
+def _route_svg(fork: int, routed: Sequence[int], nearest: int) -> str:
+    shown = {*range(SINK_FRAMES), *range(fork - nearest, fork)}
     cells = "".join(
         f"<rect x={5 * f} y=0 width=4 height=12 fill="
         f"{'#1f5fbf' if f in routed else '#7b8794' if f in shown else '#e8ecf1'} />"

@@ -24,7 +24,8 @@ from kvpo_kernels import (
     velocity_gradient,
     velocity_step_weights,
 )
-from kvpo_trainer.data import Prompt, tokenize, unpatchify
+from kvpo_kernels.errors import ConfigError
+from kvpo_trainer.data import DataConfig, Prompt, tokenize, unpatchify
 from kvpo_trainer.generator import Generator
 from kvpo_trainer.sampling import (
     LOCAL_FRAMES,
@@ -52,6 +53,7 @@ class Rollout:
     """What one rollout hands to the reward and to the replay."""
 
     prompts: list[Prompt]
+    routing: HistoryRouting
     plans: list[RoutingPlan]
     """One per prompt, all with the same start."""
     pool: FramePool
@@ -90,6 +92,32 @@ def chunk_bounds(routing: HistoryRouting, frame: int, video_frames: int) -> tupl
     while frame >= end:
         first, end = end, end + routing.min_new_frames
     return first, min(end, video_frames)
+
+
+def check_routing(routing: HistoryRouting, data: DataConfig) -> None:
+    """Refuse routings that the generator's context, fixed when it was pretrained, does not have.
+
+    Raises:
+        ConfigError: naming the key; or no block of such videos can be perturbed.
+    """
+    window = SINK_FRAMES + LOCAL_FRAMES + data.block_frames
+    for name, wanted in (
+        ("variant", "longlive"),
+        ("block_frames", data.block_frames),
+        ("sink_frames", SINK_FRAMES),
+        ("window_frames", window),
+    ):
+        if getattr(routing, name) != wanted:
+            raise ConfigError(
+                f"routing.{name} must be {wanted} as in the generator's context, got"
+                f" {getattr(routing, name)}"
+            )
+    if not routing.nearest_frames < window - SINK_FRAMES:
+        raise ConfigError(
+            f"routing.nearest_frames must be below {window - SINK_FRAMES}, or nothing is routed;"
+            f" got {routing.nearest_frames}"
+        )
+    plan_history_routing(routing, data.frames, 0, 0, 0)
 
 
 @torch.no_grad()
@@ -165,6 +193,7 @@ def roll_out(
     context = noise[:, fork // frames : chunk_end // frames, NOISES - 1]
     return Rollout(
         prompts=list(prompts),
+        routing=routing,
         plans=plans,
         pool=pool,
         prefixes=prefixes,

@@ -23,7 +23,7 @@ from kvpo_trainer.checkpoint import (
     remove_leftovers,
     save_checkpoint,
 )
-from kvpo_trainer.config import RunConfig, dump_yaml, to_mapping
+from kvpo_trainer.config import RunConfig, differences, dump_yaml, to_mapping
 from kvpo_trainer.update import StepResult, Trainer
 
 log = logging.getLogger(__name__)
@@ -129,14 +129,27 @@ def train_loop(
     return done
 
 
-def resume(trainer: Trainer, out: Path, strict: bool) -> bool:
+def resume(trainer: Trainer, out: Path, config: RunConfig, strict: bool) -> bool:
     """Take up the newest checkpoint of a folder; False if there is none.
 
     Metrics after that checkpoint are dropped: they will come again.
+
+    Raises:
+        RunError: the run has another configuration, but for its length and surroundings.
     """
     checkpoint = latest_checkpoint(out / "checkpoints", strict)
     if checkpoint is None:
         return False
+    ran, asked = (
+        {k: v for k, v in mapping.items() if k not in ("train", "threads")}
+        for mapping in (json.loads(json.dumps(m)) for m in (checkpoint.config, to_mapping(config)))
+    )
+    changed = differences(ran, asked)
+    if changed:
+        raise RunError(
+            f"{out} was run with another configuration, go on with --config"
+            f" {out / 'config.yaml'}; it has, and is asked for: {'; '.join(changed)}"
+        )
     trainer.restore(checkpoint.tensors, checkpoint.counters)
     path = out / "metrics.jsonl"
     rows = [row for row in read_metrics(path) if row.get("step", 0) <= trainer.step_index]
@@ -198,13 +211,13 @@ def _one_at_a_time(out: Path) -> Iterator[None]:
 
 
 def _take_lock(lock: Path) -> None:
-    own = {"pid": os.getpid(), "host": socket.gethostname()}
+    own = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
     for _ in range(2):
         try:
             descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             holder = _holder(lock)
-            if holder is not None and (holder["host"] != own["host"] or _alive(holder["pid"])):
+            if holder is not None and (holder["host"] != own["host"] or _alive(holder)):
                 raise RunError(
                     f"{lock.parent} is in use by process {holder['pid']} on {holder['host']};"
                     f" if that is gone, remove {lock}"
@@ -218,21 +231,44 @@ def _take_lock(lock: Path) -> None:
 
 
 def _holder(lock: Path) -> dict[str, Any] | None:
+    """Whose lock it is; None if it is gone, or was left empty.
+
+    Raises:
+        RunError: the file is not one of ours.
+    """
     try:
-        holder = json.loads(lock.read_text())
-        return {"pid": int(holder["pid"]), "host": str(holder["host"])}
-    except (OSError, ValueError, KeyError, TypeError):
+        text = lock.read_text()
+    except OSError:
         return None
-
-
-def _alive(pid: int) -> bool:
+    if not text:
+        return None
     try:
-        os.kill(pid, 0)
+        holder = json.loads(text)
+        started = str(holder.get("started", ""))
+        return {"pid": int(holder["pid"]), "host": str(holder["host"]), "started": started}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise RunError(
+            f"{lock} is not the lock of a run: is {lock.parent} another's folder?"
+        ) from None
+
+
+def _alive(holder: Mapping[str, Any]) -> bool:
+    """A process of that number that started when the holder did: numbers come again."""
+    try:
+        os.kill(holder["pid"], 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
-    return True
+    return not holder["started"] or holder["started"] == _started(holder["pid"])
+
+
+def _started(pid: int) -> str:
+    """When a process started, in ticks since the machine did; "" where that cannot be known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from kvpo_kernels import (
 from kvpo_trainer.data import Prompt
 from kvpo_trainer.generator import Generator
 from kvpo_trainer.rewards import HEADS, RewardConfig, RewardModel
-from kvpo_trainer.rollout import Rollout, accumulate_gradient, replay, roll_out
+from kvpo_trainer.rollout import Rollout, accumulate_gradient, check_routing, replay, roll_out
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class Trainer:
         config: KvpoConfig,
         seed: int,
     ) -> None:
+        check_routing(config.routing, generator.data)
         self.config, self.seed, self.prompts = config, seed, list(prompts)
         self.policy = generator
         self.reward_model = reward_model
@@ -133,7 +134,9 @@ class Trainer:
         ]
         self.optimizer.zero_grad()
         norm = 0.0
-        if any(bool(loss.skip) for loss in losses):
+        # Under the first mechanism unsafe groups have no gradient; momentum and decay are one too.
+        idle = config.objective.protect == "mechanism_1" and not any(safe)
+        if idle or any(bool(loss.skip) for loss in losses):
             self.skipped_updates += 1
         else:
             kappa = torch.stack([loss.score_grad for loss in losses]).flatten() / n

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from kvpo_trainer.config import RunConfig, to_mapping
+from kvpo_trainer.config import RunConfig, of_weights, to_mapping
 from kvpo_trainer.data import split_prompts
 from kvpo_trainer.evaluation import Evaluation, evaluate
 from kvpo_trainer.update import Trainer
@@ -64,6 +64,8 @@ def run_arm(config: RunConfig, arm: str, seed: int, out: Path, noises: int = 2) 
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # two arms run side by side
     weights = load_weights()
+    config = of_weights(config, weights.config)
+    _check(config)
     weights.generator.history = config.history
     train, held_out = split_prompts()
     prompts = held_out[: config.train.evaluation_prompts] * noises
@@ -119,6 +121,7 @@ def run_all(
         VerifyError: an arm failed, its output is in the folder; or a result that is there already
             is unreadable or of another configuration.
     """
+    _check(config)
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(arm, seed) for seed in seeds for arm in ARMS]
     waiting = [job for job in jobs if not _result(folder, *job).exists()]
@@ -128,6 +131,8 @@ def run_all(
             raise VerifyError(
                 f"{path} is of another configuration: remove it, or use another --out"
             )
+    if len(waiting) < len(jobs):
+        print(f"{len(jobs) - len(waiting)} arms have a result in {folder} already", flush=True)
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
@@ -214,6 +219,11 @@ def arm_command(arguments: Sequence[str]) -> Callable[[str, int, Path], Sequence
     return command
 
 
+def _check(config: RunConfig) -> None:
+    if config.train.minutes:
+        raise VerifyError("train.minutes must be 0: arms are compared after as many iterations")
+
+
 def _as_json(config: RunConfig) -> Any:
     return json.loads(json.dumps(to_mapping(config)))
 
@@ -223,7 +233,7 @@ def _read(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_bytes())
     except ValueError as error:
         raise VerifyError(f"{path} is no result of an arm: {error}") from error
-    if not isinstance(record, dict) or "config" not in record:
+    if not isinstance(record, dict) or not {"config", "scores"} <= set(record):
         raise VerifyError(f"{path} is no result of an arm")
     return record
 

@@ -169,6 +169,54 @@ def test_errors_are_one_line(
     assert match in error and error.startswith("kvpo-train: ") and "Traceback" not in error
 
 
+def test_a_run_goes_on_with_its_own_configuration_only(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    own = ("kvpo.reward_sign=-1", "kvpo.rewards.ta=5", "history=int8")
+    assert train(tiny_weights, out, *own, "train.iterations=1") == 0
+    report = (out / "report.html").read_bytes()
+    again = ("train.iterations=2", "threads=2")  # may differ
+    assert train(tiny_weights, out, *own[1:], *again, more=("--resume",)) == 2
+    error = capsys.readouterr().err
+    assert "kvpo.reward_sign: -1, 1" in error and str(out / "config.yaml") in error
+    assert "history" not in error.partition("asked for")[2]
+    assert steps(out) == [1] and (out / "report.html").read_bytes() == report
+    assert train(tiny_weights, out, *own, *again, more=("--resume",)) == 0
+    assert steps(out) == [1, 2]
+
+    def scored(*more: str) -> str:
+        command = ["evaluate", "--weights", str(tiny_weights), "--checkpoint", str(out)]
+        capsys.readouterr()
+        assert main([*command, *options(*more)]) == 0
+        return capsys.readouterr().out
+
+    # A run is judged as it was trained, if the command line does not say otherwise.
+    assert scored() == scored("kvpo.rewards.ta=5", "history=int8")
+    assert scored() != scored("kvpo.rewards.ta=3")
+
+
+@pytest.mark.parametrize(
+    ("setting", "more", "match"),
+    [
+        ("generator.layers=9", (), "generator.layers = 9 is not what the weights were made with"),
+        ("seed=1", ("--figure", "figure.txt"), "--figure must name a .png, .svg or .pdf file"),
+        ("kvpo.routing.window_frames=18", (), "routing.window_frames must be 12"),
+    ],
+)
+def test_refused_before_anything_is_evaluated(
+    tiny_weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    setting: str,
+    more: tuple[str, ...],
+    match: str,
+) -> None:
+    assert train(tiny_weights, tmp_path / "run", setting, more=more) == 2
+    printed = capsys.readouterr()
+    assert match in printed.err and "evaluating" not in printed.out
+
+
 def test_a_folder_in_use(
     tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -185,6 +233,18 @@ def test_a_folder_in_use(
     (out / "lock").write_text(json.dumps({"pid": gone.pid, "host": socket.gethostname()}))
     with session.run_folder(out):
         assert json.loads((out / "lock").read_text())["pid"] == os.getpid()
+    # So is that of a process whose number another one has by now, even this one.
+    own = {"pid": os.getpid(), "host": socket.gethostname(), "started": "1"}
+    (out / "lock").write_text(json.dumps(own))
+    with session.run_folder(out):
+        assert json.loads((out / "lock").read_text())["started"] != "1"
+    (out / "lock").write_text("a file of somebody else")
+    with (
+        pytest.raises(session.RunError, match="is not the lock of a run"),
+        session.run_folder(out),
+    ):
+        pass
+    assert (out / "lock").read_text() == "a file of somebody else"
     (out / "lock").write_text(json.dumps({"pid": gone.pid, "host": "another-machine"}))
     with (
         pytest.raises(session.RunError, match="another-machine"),

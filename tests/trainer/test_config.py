@@ -10,9 +10,11 @@ from kvpo_trainer.config import (
     _RANGES,
     ConfigurationError,
     RunConfig,
+    differences,
     dump_yaml,
     from_mapping,
     load_config,
+    of_weights,
     to_mapping,
 )
 
@@ -60,7 +62,7 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("data: {turn_blocks: [1, a]}", r"data.turn_blocks\[1\] must be int, got 'a'"),
         ("kvpo: {routing: {selection: best}}", r"kvpo.routing.*selection.*best"),
         ("kvpo: {objective: {clip_range_low: 2.0}}", r"kvpo.objective: clip_range_low must be in"),
-        ("train: {evaluation_prompts: 1}", r"train.evaluation_prompts must be at least 2, got 1"),
+        ("train: {evaluation_prompts: 1}", r"train.evaluation_prompts must be in \[2, 40\], got 1"),
         ("train: {minutes: -1}", r"train.minutes must be at least 0"),
         ("train: {minutes: .nan}", r"train.minutes must be a finite number"),
         ("seed: 1\nseed: 2", r"not plain YAML: seed given twice.*line 1"),
@@ -88,6 +90,8 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("kvpo: {rewards: {ta: true}}", r"kvpo.rewards.ta must be float, got True \(bool\)"),
         ("kvpo: {shuffle_advantages: 1}", r"kvpo.shuffle_advantages must be bool, got 1 \(int\)"),
         ("kvpo: {reward_sign: 0}", r"kvpo.reward_sign must be 1 or -1, got 0"),
+        ("generator: {dim: 96, heads: 32}", r"generator.dim / generator.heads must be even"),
+        ("kvpo: {local_weight: 0}", r"kvpo.local_weight and kvpo.global_weight must not both be 0"),
         ("data: {frames: 58}", r"data.frames must be a multiple of data.block_frames = 3, got 58"),
         ("data: {canvas: 18}", r"data.canvas must be a multiple of data.patch = 4, got 18"),
         ("generator: {dim: 97}", r"generator.dim must be a multiple of generator.heads = 3"),
@@ -152,13 +156,14 @@ def test_ranges(path: str) -> None:
     low, high = _RANGES[path]
     whole = isinstance(leaves(RunConfig())[path], int)
     outside = [low - 1] + ([high + 1] if high != float("inf") else [])
+    more = ["kvpo.global_weight=1"] if path == "kvpo.local_weight" else []  # not both may be 0
     for value in outside:
         with pytest.raises(ConfigurationError, match=rf"^{path} must be .*, got "):
             load_config(None, [f"{path}={int(value) if whole else value}"])
     if path not in ("data.frames", "data.canvas", "data.patch", "generator.dim"):  # multiples
         inside = int(low) if whole else low
         if path != "kvpo.reward_sign":
-            assert leaves(load_config(None, [f"{path}={inside}"]))[path] == inside
+            assert leaves(load_config(None, [f"{path}={inside}", *more]))[path] == inside
 
 
 def test_every_number_has_a_range() -> None:
@@ -171,3 +176,19 @@ def test_every_number_has_a_range() -> None:
     }
     unchecked = {path for path in numbers - set(_RANGES) if not path.startswith(own)}
     assert not unchecked and set(_RANGES) <= numbers
+
+
+def test_weights_decide_what_they_were_made_with() -> None:
+    made = load_config(None, ["generator.layers=2", "data.canvas=8"])
+    config = of_weights(load_config(None, ["kvpo.ema=0.5", "data.canvas=8"]), made)
+    assert config.generator == made.generator and config.data == made.data
+    assert config.kvpo.ema == 0.5
+    match = r"generator.layers = 9 is not what the weights were made with, 2: it takes `pretrain`"
+    with pytest.raises(ConfigurationError, match=match):
+        of_weights(load_config(None, ["generator.layers=9"]), made)
+
+
+def test_differences_name_the_key_and_both_values() -> None:
+    a, b = (to_mapping(load_config(None, [f"kvpo.ema={x}", f"seed={x * 2}"])) for x in (0, 1))
+    assert differences(a, a) == []
+    assert differences(a, b) == ["seed: 0, 2", "kvpo.ema: 0.0, 1.0"]

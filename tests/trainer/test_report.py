@@ -68,6 +68,24 @@ def test_the_page(result: StepResult) -> None:
     assert f"forked at frame {result.rollout.start_frame}" in page
 
 
+@pytest.mark.parametrize("nearest", [3, 4, 6])
+def test_frames_attended_are_those_of_the_routing(generator: Generator, nearest: int) -> None:
+    routing = HistoryRouting(num_branches=3, nearest_frames=nearest)
+    config = KvpoConfig(prompts_per_step=1, routing=routing)
+    result = Trainer(generator, RewardModel(), PROMPTS, config, 0).step()
+    same = evaluation(0.0)
+    page = report.render("t", "", {}, METRICS, same, same, PROMPTS, result)
+    pictures = re.findall(r"<svg width=\d+ height=12>.*?</svg>", page)[-4:]  # branches, anchor
+    fork, plan = result.rollout.start_frame, result.rollout.plans[0]
+    for row, picture in enumerate(pictures):
+        colours = re.findall(r"fill=(#\w+)", picture)
+        seen = {f for f, colour in enumerate(colours) if colour != "#e8ecf1"}
+        local = 6 if row == 3 else nearest - 3  # the window of the anchor; the rest is the block
+        routed = set() if row == 3 else set(plan.attended[row])
+        assert len(colours) == fork
+        assert seen == {0, 1, 2, *routed, *range(fork - local, fork)}
+
+
 def test_a_page_without_training() -> None:
     same = evaluation(0.0)
     page = report.render("t", "", {}, [], same, same, PROMPTS, None)

@@ -12,7 +12,7 @@ from kvpo_trainer.sampling import SIGMAS
 from kvpo_trainer.update import KvpoConfig, Trainer
 from torch.utils.checkpoint import checkpoint
 
-from kvpo_kernels import HistoryRouting, branch_policy_loss
+from kvpo_kernels import ContrastiveObjective, HistoryRouting, branch_policy_loss
 
 CONFIG = KvpoConfig(prompts_per_step=2, learning_rate=1e-3, routing=HistoryRouting(num_branches=3))
 PROMPTS = all_prompts()[::9]
@@ -41,6 +41,45 @@ def test_the_ratio_is_one_right_after_a_sync_and_not_later(
     assert deviations[1] > 0 and deviations[3] > 0
     pages = {"float32": torch.float32, "int8": torch.int8, "float8": torch.float8_e4m3fn}
     assert trainer.old.new_pool(1).k(0).dtype is pages[history]
+
+
+@pytest.mark.parametrize("protect", ["mechanism_1", "mechanism_2"])
+def test_only_the_first_mechanism_skips_a_step_without_a_safe_prompt(
+    generator: Generator,
+    reward_model: RewardModel,
+    protect: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = replace(CONFIG, objective=ContrastiveObjective(protect=protect))
+    trainer = trainer_of(generator, reward_model, config)
+    trainer.step()  # from here on momentum moves the weights even without a gradient
+    advantages_of = trainer._advantages
+    unsafe = lambda *a: (advantages_of(*a)[0], [False, False])
+    monkeypatch.setattr(trainer, "_advantages", unsafe)
+    before, skipped = copy.deepcopy(trainer.policy.state_dict()), trainer.skipped_updates
+    trainer.step()
+    still = all(torch.equal(before[k], v) for k, v in trainer.policy.state_dict().items())
+    assert still == (protect == "mechanism_1")
+    assert trainer.skipped_updates - skipped == (protect == "mechanism_1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"variant": "memflow", "nearest_frames": 3}, "routing.variant must be longlive"),
+        ({"block_frames": 2}, "routing.block_frames must be 3"),
+        ({"sink_frames": 6}, "routing.sink_frames must be 3"),
+        ({"window_frames": 18}, "routing.window_frames must be 12"),
+        ({"nearest_frames": 9}, "routing.nearest_frames must be below 9, or nothing is routed"),
+        ({"first_chunks": 0}, "no eligible start"),
+    ],
+)
+def test_routings_that_the_generator_does_not_have(
+    generator: Generator, reward_model: RewardModel, changes: dict[str, object], match: str
+) -> None:
+    config = replace(CONFIG, routing=replace(CONFIG.routing, **changes))
+    with pytest.raises(ValueError, match=match):
+        trainer_of(generator, reward_model, config)
 
 
 def one_graph_scores(policy: Generator, rollout: Rollout, steps: int) -> torch.Tensor:

@@ -77,7 +77,7 @@ def test_an_arm(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 WRITE = """
 import json, sys
 arm, seed, out, config = sys.argv[1:]
-open(out, "w").write(json.dumps({"arm": arm, "config": json.loads(config)}))
+open(out, "w").write(json.dumps({"arm": arm, "config": json.loads(config), "scores": {}}))
 """
 
 
@@ -86,13 +86,23 @@ def writer(config: RunConfig):
     return lambda arm, seed, out: [sys.executable, "-c", WRITE, arm, str(seed), str(out), text]
 
 
-def test_arms_run_once(tmp_path: Path) -> None:
+def test_arms_run_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = RunConfig()
     got = verify.run_all(writer(config), [1, 2], tmp_path, config)
     assert set(got) == {(arm, seed) for arm in ARMS for seed in (1, 2)}
     assert got["minus", 2]["arm"] == "minus"
     fail = lambda arm, seed, out: [sys.executable, "-c", "raise SystemExit(3)"]
     assert verify.run_all(fail, [1, 2], tmp_path, config) == got  # all there: nothing is run
+    assert f"6 arms have a result in {tmp_path} already" in capsys.readouterr().out
+
+
+def test_arms_stop_after_iterations_not_minutes(tmp_path: Path) -> None:
+    timed = load_config(None, ["train.minutes=1"])
+    with pytest.raises(VerifyError, match=r"train\.minutes must be 0"):
+        verify.run_all(writer(timed), [1], tmp_path, timed)
+    with pytest.raises(VerifyError, match=r"train\.minutes must be 0"):
+        verify.run_arm(timed, "plus", 1, tmp_path / "arm.json")
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_of_another_configuration_are_refused(tmp_path: Path) -> None:
