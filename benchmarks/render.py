@@ -96,14 +96,17 @@ def iteration() -> list[str]:
 def learning() -> list[str]:
     """The controls of `kvpo-train verify`."""
     path, data = newest("verify-*.json")
+    return ["## Does the reference trainer learn?", "", *controls(path, data, "")]
+
+
+def controls(path: Path, data: dict[str, Any], options: str) -> list[str]:
+    """One run of them, with these options of the command."""
     lines = [
-        "## Does the reference trainer learn?",
-        "",
-        f"`kvpo-train verify`: {len(data['seeds'])} training seeds, {data['iterations']} rollouts"
-        f" each, {data['minutes']:.0f} minutes; torch {data['torch']}, {data['date'][:10]}. Raw:"
-        f" [`{path.name}`](../benchmarks/results/{path.name}). Mean difference over the same"
-        " held-out prompts and noise ± its standard error over the seeds, and the mean in"
-        " standard errors.",
+        f"`kvpo-train verify{options}`: {len(data['seeds'])} training seeds, {data['iterations']}"
+        f" rollouts each, {data['minutes']:.0f} minutes; torch {data['torch']},"
+        f" {data['date'][:10]}. Raw: [`{path.name}`](../benchmarks/results/{path.name}). Mean"
+        " difference over the same held-out prompts and noise ± its standard error over the seeds,"
+        " and the mean in standard errors.",
         "",
         "| measure | towards +reward minus towards -reward | real minus shuffled advantages |",
         "|---|---|---|",
@@ -164,7 +167,8 @@ def quantized() -> list[str]:
             for d in (h["reward_differences"][measure] for h in (a, b))
         ]
         lines.append(f"| {measure}: difference ± 95 % | {cells[0]} | {cells[1]} |")
-    return lines
+    lines += ["", "Trained over it:", ""]
+    return lines + controls(*newest("int8-verify-*.json"), " --set history=int8")
 
 
 def page() -> str:
@@ -207,8 +211,8 @@ def readme(text: str) -> str:
     lines += [
         "",
         f"It learns: {len(v['seeds'])} seeds trained for {v['iterations']} rollouts towards +reward"
-        f" end {g['mean']:.2f} ± {g['error']:.2f} above the same towards -reward, on held-out"
-        " prompts.",
+        f" end {g['mean']:.2f} ± {g['error']:.2f} (standard error over the seeds) above the same"
+        " towards -reward, on held-out prompts.",
     ]
     before, rest = text.split(BEGIN)
     return before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1]
