@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -88,11 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "score weights or a run on held-out prompts")
     sub.add_argument("--weights", type=Path, default=SHIPPED)
     sub.add_argument("--checkpoint", type=Path, help="run folder whose newest policy is scored")
+    sub.add_argument(
+        "--average", action="store_true", help="of the run, the average of its weights"
+    )
     sub = command("sample", _sample, "write a GIF for each prompt")
     sub.add_argument("prompts", nargs="+", help='such as "a 3 moves left slowly, then turns up"')
     sub.add_argument("--out", type=Path, required=True)
     sub.add_argument("--weights", type=Path, default=SHIPPED)
     sub.add_argument("--checkpoint", type=Path, help="run folder whose newest policy is sampled")
+    sub.add_argument(
+        "--average", action="store_true", help="of the run, the average of its weights"
+    )
     sub = command("verify", _verify, "does it learn: signed test and shuffled-advantage control")
     sub.add_argument("--out", type=Path, default=Path("runs/verify"))
     sub.add_argument("--seeds", type=int, default=3)
@@ -253,12 +260,21 @@ def _evaluation(
 def _policy(options: argparse.Namespace, config: RunConfig) -> tuple[Weights, RunConfig]:
     """Weights, with the newest policy of a run in place of the generator where one is named."""
     weights = load_weights(options.weights)
+    if options.average and options.checkpoint is None:
+        raise ConfigurationError("--average is of a run: give --checkpoint")
     if options.checkpoint is not None:
         checkpoint = latest_checkpoint(options.checkpoint / "checkpoints")
         if checkpoint is None:
             raise CheckpointError(f"{options.checkpoint}: no checkpoint; give the run's own folder")
-        own = {k[7:]: v for k, v in checkpoint.tensors.items() if k.startswith("policy/")}
-        fill(weights.generator, own, checkpoint.path)
+        owner = "ema/" if options.average else "policy/"
+        tensors = checkpoint.tensors.items()
+        own = {k.removeprefix(owner): v for k, v in tensors if k.startswith(owner)}
+        try:
+            fill(weights.generator, own, checkpoint.path)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"is it a run of {options.weights} (--weights)? {error}"
+            ) from error
         # A run is judged as it was trained, but for what the command line says.
         run, default = from_mapping(RunConfig, checkpoint.config), RunConfig()
         if config.history == default.history:
@@ -302,7 +318,12 @@ def _verify(options: argparse.Namespace, config: RunConfig) -> int:
     passed_on = ["--config", options.config] if options.config else []
     passed_on += [word for override in options.set for word in ("--set", override)]
     command = verify.arm_command(passed_on)
-    results = verify.run_all(command, seeds, options.out, config, options.processes)
+    # What ends this process must end the arms.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        results = verify.run_all(command, seeds, options.out, config, options.processes)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     summary = verify.summarise(results, seeds, config)
     summary["minutes"] = round((time.perf_counter() - started) / 60, 1)
     text = json.dumps(summary, indent=1)

@@ -29,9 +29,12 @@ class KvpoConfig:
     learning_rate: float = 2.5e-5
     """The release trains LoRA weights of a 1.3 B model at 1e-5."""
     warmup_steps: int = 5
+    """In rollouts; the release counts synchronisations."""
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema: float = 0.99
+    """Of the average that `evaluate --average` and `sample --average` show; the release's is 0.999,
+    for longer runs."""
     rollouts_per_sync: int = 2
     """Rollouts, each followed by an update, that share one old policy."""
     gradient_steps: int = 2

@@ -158,6 +158,7 @@ def run_all(
     finally:
         for process in running.values():
             process.kill()
+            process.wait()
     return {job: _read(_result(folder, *job)) for job in jobs}
 
 

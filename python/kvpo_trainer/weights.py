@@ -95,4 +95,6 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     try:
         module.load_state_dict(dict(tensors))
     except RuntimeError as error:
-        raise CheckpointError(f"{path}: does not fit its configuration: {error}") from error
+        text = " ".join(str(error).split())
+        few = text if len(text) <= 300 else f"{text[:300]}..."
+        raise CheckpointError(f"{path}: does not fit its configuration: {few}") from error

@@ -185,15 +185,21 @@ def test_a_run_goes_on_with_its_own_configuration_only(
     assert train(tiny_weights, out, *own, *again, more=("--resume",)) == 0
     assert steps(out) == [1, 2]
 
-    def scored(*more: str) -> str:
-        command = ["evaluate", "--weights", str(tiny_weights), "--checkpoint", str(out)]
+    def scored(*settings: str, more: tuple[str, ...] = ()) -> str:
+        command = ["evaluate", "--weights", str(tiny_weights), "--checkpoint", str(out), *more]
         capsys.readouterr()
-        assert main([*command, *options(*more)]) == 0
+        assert main([*command, *options(*settings)]) == 0
         return capsys.readouterr().out
 
     # A run is judged as it was trained, if the command line does not say otherwise.
     assert scored() == scored("kvpo.rewards.ta=5", "history=int8")
     assert scored() != scored("kvpo.rewards.ta=3")
+    assert scored() != scored(more=("--average",))
+    assert main(["evaluate", "--weights", str(tiny_weights), "--average", *options()]) == 2
+    assert "--average is of a run" in capsys.readouterr().err
+    assert main(["evaluate", "--checkpoint", str(out), *options()]) == 2  # the shipped weights
+    error = capsys.readouterr().err
+    assert "(--weights)?" in error and len(error) < 600
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -121,3 +125,26 @@ def test_a_failed_arm_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(VerifyError, match=r"arm minus-1 failed, see .*minus-1.log"):
         verify.run_all(command, [1], tmp_path, RunConfig())
     assert "why it failed" in (tmp_path / "minus-1.log").read_text()
+
+
+def test_a_terminated_run_ends_its_arms(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from kvpo_trainer import cli, verify
+sleep = "import os, time; open('{tmp_path}/' + str(os.getpid()), 'w').close(); time.sleep(60)"
+verify.arm_command = lambda words: lambda *job: [sys.executable, "-c", sleep]
+sys.exit(cli.main(["verify", "--out", "{tmp_path}/run"]))
+"""
+    run = subprocess.Popen([sys.executable, "-c", code])
+    deadline = time.monotonic() + 60
+    while len(arms := [p for p in tmp_path.iterdir() if p.name.isdigit()]) < 2:
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    run.terminate()
+    assert run.wait(timeout=30) == 128 + signal.SIGTERM
+    for arm in arms:
+        with pytest.raises(ProcessLookupError):
+            while time.monotonic() < deadline:  # gone as soon as the system has taken it away
+                os.kill(int(arm.name), 0)
+                time.sleep(0.1)
