@@ -145,6 +145,4 @@ sys.exit(cli.main(["verify", "--out", "{tmp_path}/run"]))
     assert run.wait(timeout=30) == 128 + signal.SIGTERM
     for arm in arms:
         with pytest.raises(ProcessLookupError):
-            while time.monotonic() < deadline:  # gone as soon as the system has taken it away
-                os.kill(int(arm.name), 0)
-                time.sleep(0.1)
+            os.kill(int(arm.name), 0)
