@@ -190,7 +190,7 @@ def readme(text: str) -> str:
     lines = [
         f"How many times faster than the best of torch {e['torch']} (eager or compiled, per shape)"
         f" on {e['threads']} threads of an {e['processor']} ({e['instructions'].split()[0]});"
-        f" lowest and highest of the shapes, in {len(runs)} runs on different machines:",
+        f" lowest and highest of the shapes, in {len(runs)} runs on several machines:",
         "",
         "| | float32 | bfloat16 |",
         "|---|---:|---:|",
