@@ -11,7 +11,7 @@ torch.compile. Both end with the copy of k and v into the pool.
 from collections.abc import Callable
 
 import torch
-from harness import Record, allocator, check, main
+from harness import Record, check, main, record
 from torch import Tensor
 from wan import axis_tables, rope_float64
 
@@ -96,23 +96,14 @@ def measure(quick: bool, threads: int) -> list[Record]:
             tokens = B * grid[0] * grid[1] * grid[2]
             moved = 6 * tokens * H * D * dtype.itemsize  # q, k, v, each read and written once
             ratios = {n: ratio(t, ours) for n, t in timings.items()}
-            rows.append(
-                {
-                    "op": "norm_rope + slot write",
-                    "case": f"{B}x{tokens // B}x{H}x{D} {str(dtype).removeprefix('torch.')}",
-                    "shape": [B, tokens // B, H, D],
-                    "threads": threads,
-                    "ours_ms": ours.median_ms,
-                    "ours_min_ms": ours.min_ms,
-                    "baselines_ms": {n: t.median_ms for n, t in timings.items()},
-                    "gbps": moved / ours.median_ms / 1e6,
-                    "checks": [
-                        check("x compile", ratios["compile"], BAR_COMPILE),
-                        check("x original", ratios["original"], BAR_ORIGINAL),
-                    ],
-                    "allocator": allocator(),
-                }
-            )
+            checks = [
+                check("x compile", ratios["compile"], BAR_COMPILE),
+                check("x original", ratios["original"], BAR_ORIGINAL),
+            ]
+            case = f"{B}x{tokens // B}x{H}x{D} {str(dtype).removeprefix('torch.')}"
+            sizes = ("norm_rope + slot write", case, [B, tokens // B, H, D], threads)
+            gbps = moved / ours.median_ms / 1e6
+            rows.append(record(*sizes, ours, timings, checks, gbps=gbps))
     return rows
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from cases import ROUTED_BENCH
-from harness import Record, allocator, check, main
+from harness import Record, check, main, record
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -175,23 +175,16 @@ def measure(quick: bool, threads: int) -> list[Record]:
                 if "fraction_of_peak" in bars:
                     checks.append(check("of peak", fraction, bars["fraction_of_peak"]))
                 checks.append(check("MiB left of 32", 32 - extra / 2**20, 0))
-                rows.append(
-                    {
-                        "op": f"routed_attention {op}",
-                        "case": f"{case.name} {str(dtype).removeprefix('torch.')}",
-                        "shape": {k: getattr(case, k) for k in "BQHDFTRL"},
-                        "threads": threads,
-                        "ours_ms": ours.median_ms,
-                        "ours_min_ms": ours.min_ms,
-                        "baselines_ms": {name: t.median_ms for name, t in timings.items()},
-                        "useful_gflops": flops / ours.median_ms / 1e6,
-                        "peak_gflops": peak_gflops,
-                        "fraction_of_peak": fraction,
-                        "peak_extra_bytes": extra,
-                        "checks": checks,
-                        "allocator": allocator(),
-                    }
-                )
+                name = f"{case.name} {str(dtype).removeprefix('torch.')}"
+                shape = {k: getattr(case, k) for k in "BQHDFTRL"}
+                own = {
+                    "useful_gflops": flops / ours.median_ms / 1e6,
+                    "peak_gflops": peak_gflops,
+                    "fraction_of_peak": fraction,
+                    "peak_extra_bytes": extra,
+                }
+                sizes = (f"routed_attention {op}", name, shape, threads)
+                rows.append(record(*sizes, ours, timings, checks, **own))
     return rows
 
 

@@ -9,7 +9,7 @@ the pool. The context pass of a quantized history makes two of these calls a lay
 from collections.abc import Callable
 
 import torch
-from harness import Record, allocator, check, main
+from harness import Record, check, main, record
 
 from kvpo_kernels.bench.timing import interleaved, ratio
 from kvpo_kernels.ops.store_frames import PAGE_DTYPES, store_frames
@@ -64,22 +64,11 @@ def measure(quick: bool, threads: int) -> list[Record]:
                 ours = timings.pop("ours")
                 moved = torch.Size(shape).numel() * (dtype.itemsize + page.itemsize)
                 names = [str(d).removeprefix("torch.") for d in (dtype, page)]
-                rows.append(
-                    {
-                        "op": "store_frames",
-                        "case": f"{'x'.join(map(str, shape))} {names[0]} to {names[1]}",
-                        "shape": list(shape),
-                        "threads": threads,
-                        "ours_ms": ours.median_ms,
-                        "ours_min_ms": ours.min_ms,
-                        "baselines_ms": {n: t.median_ms for n, t in timings.items()},
-                        "gbps": moved / ours.median_ms / 1e6,
-                        "checks": [
-                            check("x compile", ratio(timings["compile"], ours), BAR_COMPILE)
-                        ],
-                        "allocator": allocator(),
-                    }
-                )
+                case = f"{'x'.join(map(str, shape))} {names[0]} to {names[1]}"
+                checks = [check("x compile", ratio(timings["compile"], ours), BAR_COMPILE)]
+                sizes = ("store_frames", case, list(shape), threads)
+                gbps = moved / ours.median_ms / 1e6
+                rows.append(record(*sizes, ours, timings, checks, gbps=gbps))
     return rows
 
 

@@ -9,7 +9,7 @@ Run: `python benchmarks/bench_tve_grpo.py [--quick] [--threads N]`.
 from collections.abc import Callable
 
 import torch
-from harness import Record, allocator, check, main
+from harness import Record, check, main, record
 from torch import Tensor
 
 from kvpo_kernels import trajectory_velocity_energy, tve_grpo_loss
@@ -103,22 +103,14 @@ def measure(quick: bool, threads: int) -> list[Record]:
         ]
         if numel > 100_000:  # at the memory's roofline
             checks.append(check("of read bandwidth", ratios["read"], BAR_READ))
-        rows.append(
-            {
-                "op": "tve_grpo loss + gradient",
-                "case": f"N {numel} {str(dtype).removeprefix('torch.')}",
-                "shape": [BRANCHES, STEPS, numel],
-                "threads": threads,
-                "ours_ms": ours.median_ms,
-                "ours_min_ms": ours.min_ms,
-                "ours_autograd_ms": autograd.median_ms,
-                "baselines_ms": {n: t.median_ms for n, t in timings.items()},
-                "gbps": moved / ours.median_ms / 1e6,
-                "read_gbps": moved / read.median_ms / 1e6,
-                "checks": checks,
-                "allocator": allocator(),
-            }
-        )
+        case = f"N {numel} {str(dtype).removeprefix('torch.')}"
+        sizes = ("tve_grpo loss + gradient", case, [BRANCHES, STEPS, numel], threads)
+        own = {
+            "ours_autograd_ms": autograd.median_ms,
+            "gbps": moved / ours.median_ms / 1e6,
+            "read_gbps": moved / read.median_ms / 1e6,
+        }
+        rows.append(record(*sizes, ours, timings, checks, **own))
     return rows
 
 

@@ -10,11 +10,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from kvpo_kernels.bench.timing import Timing
 
 Record = dict[str, Any]
 
@@ -34,6 +36,31 @@ def allocator() -> str:
 def check(what: str, value: float, bar: float) -> dict[str, Any]:
     """A compared number, and whether it holds."""
     return {"what": what, "value": value, "bar": bar, "holds": value >= bar}
+
+
+def record(
+    op: str,
+    case: str,
+    shape: object,
+    threads: int,
+    ours: Timing,
+    baselines: Mapping[str, Timing],
+    checks: list[dict[str, Any]],
+    **more: object,
+) -> Record:
+    """What one case of an op has measured; `more` is the op's own."""
+    return {
+        "op": op,
+        "case": case,
+        "shape": shape,
+        "threads": threads,
+        "ours_ms": ours.median_ms,
+        "ours_min_ms": ours.min_ms,
+        "baselines_ms": {name: t.median_ms for name, t in baselines.items()},
+        **more,
+        "checks": checks,
+        "allocator": allocator(),
+    }
 
 
 def records(script: Path, quick: bool, threads: int) -> list[Record]:

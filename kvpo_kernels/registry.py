@@ -135,6 +135,13 @@ TRITON_INTERPRETS: Final = os.environ.get("TRITON_INTERPRET", "0").lower() in ("
 DEFAULT_BACKEND: Final = os.environ.get("KVPO_BACKEND") or None
 
 
+def why_not_native(device: str) -> str | None:
+    """Why no C++ kernel for the CPU can run on the device."""
+    if not HAS_NATIVE:
+        return "the native module is not built"
+    return None if device == "cpu" else f"takes cpu tensors, got {device}"
+
+
 def why_not_triton(device: str) -> str | None:
     """Why no Triton kernel can run on the device."""
     if not HAS_TRITON:

@@ -427,7 +427,7 @@ KVPO_INLINE Vec load(const bf16* p) {
 KVPO_INLINE void store(float* p, const Vec& v) {
   std::memcpy(p, v.lane, sizeof(v));
 }
-KVPO_INLINE void store(bf16* p, const Vec& v) {
+template <typename T> KVPO_INLINE void store(T* p, const Vec& v) { // of fewer bits
   for (int i = 0; i < kWidth; ++i)
     from_float(p[i], v.lane[i]);
 }
@@ -439,18 +439,6 @@ KVPO_INLINE Vec load(const int8_t* p) {
 }
 KVPO_INLINE Vec load(const fp8* p) {
   return each([&](int i) { return to_float(p[i]); });
-}
-KVPO_INLINE void store(fp16* p, const Vec& v) {
-  for (int i = 0; i < kWidth; ++i)
-    from_float(p[i], v.lane[i]);
-}
-KVPO_INLINE void store(int8_t* p, const Vec& v) {
-  for (int i = 0; i < kWidth; ++i)
-    from_float(p[i], v.lane[i]);
-}
-KVPO_INLINE void store(fp8* p, const Vec& v) {
-  for (int i = 0; i < kWidth; ++i)
-    from_float(p[i], v.lane[i]);
 }
 KVPO_INLINE Vec zero() {
   return Vec{};

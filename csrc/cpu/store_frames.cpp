@@ -28,19 +28,17 @@ KVPO_INLINE void prefetch_row(const T* row, int64_t t, int64_t tokens, int64_t s
 // Of the magnitudes' bits, which have their order; NaN is above infinity there.
 template <typename T> uint32_t largest_bits(const T* x, int64_t tokens, int64_t stride, int64_t D) {
   Vec most = zero();
-  float rest = 0.0f;
+  uint32_t bits = 0;
   for (int64_t t = 0; t < tokens; ++t, x += stride) {
     prefetch_row<false>(x, t, tokens, stride, D);
     int64_t d = 0;
     for (; d + kWidth <= D; d += kWidth)
       most = larger_magnitude(most, load(x + d));
     for (; d < D; ++d)
-      if (magnitude_bits(to_float(x[d])) > magnitude_bits(rest))
-        rest = to_float(x[d]);
+      bits = max_of(bits, magnitude_bits(to_float(x[d])));
   }
   float lanes[kWidth];
   store(lanes, most);
-  uint32_t bits = magnitude_bits(rest);
   for (int i = 0; i < kWidth; ++i)
     bits = max_of(bits, magnitude_bits(lanes[i]));
   return bits;

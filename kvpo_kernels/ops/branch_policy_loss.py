@@ -224,11 +224,7 @@ class Problem(NamedTuple):
 
 def why_not_cpu(p: Problem) -> str | None:
     """Why the C++ kernels cannot run the problem."""
-    if not registry.HAS_NATIVE:
-        return "the native module is not built"
-    if p.device != "cpu":
-        return f"takes cpu tensors, got {p.device}"
-    return None
+    return registry.why_not_native(p.device)
 
 
 def why_not_triton(p: Problem) -> str | None:

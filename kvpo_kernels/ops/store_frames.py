@@ -24,10 +24,8 @@ class Problem(NamedTuple):
 
 
 def _why_not_cpu(p: Problem) -> str | None:
-    if not registry.HAS_NATIVE:
-        return "the native module is not built"
-    if p.device != "cpu":
-        return f"takes cpu tensors, got {p.device}"
+    if why := registry.why_not_native(p.device):
+        return why
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes float32, bfloat16 and float16, got {p.dtype}"
     return None

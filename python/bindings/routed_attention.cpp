@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "dlpack.h"
+#include "pool.h"
 
 namespace py = pybind11;
 using kvpo::RoutedAttentionBackward;
@@ -14,24 +15,6 @@ using kvpo::dlpack::View;
 
 namespace {
 
-kvpo::Float float_of(const View& x) {
-  using namespace kvpo::dlpack;
-  if (x.is(kFloat, 32))
-    return kvpo::Float::kFloat32;
-  if (x.is(kBfloat, 16))
-    return kvpo::Float::kBfloat16;
-  KVPO_CHECK(x.is(kFloat, 16), "`q` must be float32, bfloat16 or float16");
-  return kvpo::Float::kFloat16;
-}
-
-// The bits of float8_e4m3fn come as bytes: DLPack has had a name for it only since 1.1.
-kvpo::Page page_of(const View& pool) {
-  using namespace kvpo::dlpack;
-  return pool.is(kInt, 8)    ? kvpo::Page::kInt8
-         : pool.is(kUint, 8) ? kvpo::Page::kFloat8
-                             : kvpo::Page::kAsQueries;
-}
-
 // A [outer, token, head, D] argument of q's dtype, or of a quantized pool.
 class Vectors {
 public:
@@ -39,8 +22,8 @@ public:
           kvpo::Float dtype, kvpo::Page page = kvpo::Page::kAsQueries)
       : view_(capsule, name) {
     view_.expect(shape);
-    KVPO_CHECK(page_of(view_) == page &&
-                   (page != kvpo::Page::kAsQueries || float_of(view_) == dtype),
+    KVPO_CHECK(kvpo::page_of(view_) == page &&
+                   (page != kvpo::Page::kAsQueries || kvpo::float_of(view_, "q") == dtype),
                std::string(name) + " has another dtype than q");
     KVPO_CHECK(view_.device() == kvpo::dlpack::kCpu, std::string(name) + " is not on the CPU");
     KVPO_CHECK(view_.stride(3) == 1 || view_.size(3) <= 1,
@@ -70,7 +53,7 @@ RoutedAttentionForward arguments(const py::capsule& q, const py::capsule& k_pool
   const int64_t B = q_view.size(0), Q = q_view.size(1), H = q_view.size(2), D = q_view.size(3);
   const int64_t F = pool.size(0), T = pool.size(1), Hkv = pool.size(2), L = live.size(1);
   KVPO_CHECK(D % 16 == 0 && D <= 256 && Hkv > 0 && H % Hkv == 0, "unsupported heads or head size");
-  const kvpo::Float dtype = float_of(q_view);
+  const kvpo::Float dtype = kvpo::float_of(q_view, "q");
 
   RoutedAttentionForward a{};
   a.shape = {B, Q, H, Hkv, D, F, T, table.size(1), L};
@@ -78,7 +61,7 @@ RoutedAttentionForward arguments(const py::capsule& q, const py::capsule& k_pool
   a.scale = static_cast<float>(scale);
   a.threads = threads < 1 ? 1 : threads;
   a.q = Vectors(q, "q", {B, Q, H, D}, dtype);
-  a.page = page_of(pool);
+  a.page = kvpo::page_of(pool);
   a.k_pool = Vectors(k_pool, "k_pool", {F, T, Hkv, D}, dtype, a.page);
   a.v_pool = Vectors(v_pool, "v_pool", {F, T, Hkv, D}, dtype, a.page);
   if (a.page != kvpo::Page::kAsQueries) {

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "dlpack.h"
+#include "pool.h"
 
 namespace py = pybind11;
 
@@ -20,17 +21,12 @@ void bind_store_frames(py::module_& m) {
         a.heads = x.size(2);
         a.head_size = x.size(3);
         a.threads = threads < 1 ? 1 : threads;
-        KVPO_CHECK(x.is(kFloat, 32) || x.is(kFloat, 16) || x.is(kBfloat, 16),
-                   "`frames` must be float32, bfloat16 or float16");
-        a.dtype = x.is(kFloat, 32)   ? kvpo::Float::kFloat32
-                  : x.is(kFloat, 16) ? kvpo::Float::kFloat16
-                                     : kvpo::Float::kBfloat16;
+        a.dtype = kvpo::float_of(x, "frames");
         a.frames = x.contiguous().data();
         pages.expect({pages.size(0), a.tokens, a.heads, a.head_size});
-        KVPO_CHECK(pages.is(kInt, 8) || pages.is(kUint, 8),
-                   "`pool` must be int8 or bits of float8");
+        a.page = kvpo::page_of(pages);
+        KVPO_CHECK(a.page != kvpo::Page::kAsQueries, "`pool` must be int8 or bits of float8");
         KVPO_CHECK(pages.stride(3) == 1 || pages.size(3) <= 1, "`pool`: strided last axis");
-        a.page = pages.is(kInt, 8) ? kvpo::Page::kInt8 : kvpo::Page::kFloat8;
         a.pool = pages.data();
         a.pool_slot = pages.stride(0);
         a.pool_token = pages.stride(1);

@@ -78,6 +78,15 @@ def _parser() -> argparse.ArgumentParser:
         )
         return sub
 
+    def policy_of(sub: argparse.ArgumentParser, done: str) -> None:
+        sub.add_argument("--weights", type=Path, default=SHIPPED)
+        sub.add_argument(
+            "--checkpoint", type=Path, help=f"run folder whose newest policy is {done}"
+        )
+        sub.add_argument(
+            "--average", action="store_true", help="of the run, the average of its weights"
+        )
+
     sub = command("pretrain", _pretrain, "train generator, reward models and judge from a seed")
     sub.add_argument("--out", type=Path, required=True, help="folder of the weights")
     sub = command("train", _train, "align the generator by KVPO, and report")
@@ -87,19 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--strict-resume", action="store_true", help="refuse a damaged newest one")
     sub.add_argument("--figure", type=Path, help="also write the README's figure there")
     sub = command("evaluate", _evaluate, "score weights or a run on held-out prompts")
-    sub.add_argument("--weights", type=Path, default=SHIPPED)
-    sub.add_argument("--checkpoint", type=Path, help="run folder whose newest policy is scored")
-    sub.add_argument(
-        "--average", action="store_true", help="of the run, the average of its weights"
-    )
+    policy_of(sub, "scored")
     sub = command("sample", _sample, "write a GIF for each prompt")
     sub.add_argument("prompts", nargs="+", help='such as "a 3 moves left slowly, then turns up"')
     sub.add_argument("--out", type=Path, required=True)
-    sub.add_argument("--weights", type=Path, default=SHIPPED)
-    sub.add_argument("--checkpoint", type=Path, help="run folder whose newest policy is sampled")
-    sub.add_argument(
-        "--average", action="store_true", help="of the run, the average of its weights"
-    )
+    policy_of(sub, "sampled")
     sub = command("verify", _verify, "does it learn: signed test and shuffled-advantage control")
     sub.add_argument("--out", type=Path, default=Path("runs/verify"))
     sub.add_argument("--seeds", type=int, default=3)

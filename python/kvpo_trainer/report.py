@@ -205,13 +205,11 @@ def _branch_tree(result: StepResult, prompt: int = 0) -> str:
     rollout, plan = result.rollout, result.rollout.plans[prompt]
     G = result.advantages.shape[1]
     first, fork = rollout.chunk_first_frame, plan.start_frame
-    routing = rollout.routing
-    before_block = max(0, routing.nearest_frames - routing.block_frames)
     rows = []
     for row in range(G + 1):
         anchor = row == G
         frames = [] if anchor else plan.attended[row]
-        nearest = LOCAL_FRAMES if anchor else before_block
+        nearest = LOCAL_FRAMES if anchor else rollout.nearest
         advantage = "" if anchor else f"{float(result.advantages[prompt, row]):+.2f}"
         scores = "".join(
             f"<td class=n>{float(result.rewards[c, prompt, row]):.3f}" for c in range(len(HEADS))

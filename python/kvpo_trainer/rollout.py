@@ -53,9 +53,10 @@ class Rollout:
     """What one rollout hands to the reward and to the replay."""
 
     prompts: list[Prompt]
-    routing: HistoryRouting
     plans: list[RoutingPlan]
     """One per prompt, all with the same start."""
+    nearest: int
+    """Frames before the block that the branches see besides sink and routed frames."""
     pool: FramePool
     prefixes: list[Timeline]
     """The n shared prefixes, as they were at the fork."""
@@ -193,8 +194,8 @@ def roll_out(
     context = noise[:, fork // frames : chunk_end // frames, NOISES - 1]
     return Rollout(
         prompts=list(prompts),
-        routing=routing,
         plans=plans,
+        nearest=nearest,
         pool=pool,
         prefixes=prefixes,
         noisy=torch.stack([t.noisy for t in traces[:K]], 1)[branch_rows],

@@ -142,7 +142,7 @@ def resume(trainer: Trainer, out: Path, config: RunConfig, strict: bool) -> bool
         return False
     ran, asked = (
         {k: v for k, v in mapping.items() if k not in ("train", "threads")}
-        for mapping in (json.loads(json.dumps(m)) for m in (checkpoint.config, to_mapping(config)))
+        for mapping in (checkpoint.config, to_mapping(config))
     )
     changed = differences(ran, asked)
     if changed:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kvpo_kernels import _native
-from kvpo_kernels.backends.native.dlpack import view
+from kvpo_kernels.backends.native.dlpack import pages, view
 
 
 def forward(
@@ -23,8 +23,8 @@ def forward(
     lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     _native.routed_attention_forward(
         q=view(_vectors(q)),
-        k_pool=_pages(k_pool),
-        v_pool=_pages(v_pool),
+        k_pool=pages(k_pool),
+        v_pool=pages(v_pool),
         slots=view(slots),
         k_live=view(_vectors(k_live)),
         v_live=view(_vectors(v_live)),
@@ -58,8 +58,8 @@ def backward(
     _native.routed_attention_backward(
         grad_out=view(_vectors(grad_out)),
         q=view(_vectors(q)),
-        k_pool=_pages(k_pool),
-        v_pool=_pages(v_pool),
+        k_pool=pages(k_pool),
+        v_pool=pages(v_pool),
         slots=view(slots),
         k_live=view(_vectors(k_live)),
         v_live=view(_vectors(v_live)),
@@ -74,11 +74,6 @@ def backward(
         threads=torch.get_num_threads(),
     )
     return grad_q, grad_k_live, grad_v_live
-
-
-def _pages(pool: Tensor) -> object:
-    """Float8 as its bits: not every version of torch has a DLPack name for it."""
-    return view(pool.view(torch.uint8) if pool.dtype is torch.float8_e4m3fn else pool)
 
 
 def _vectors(tensor: Tensor) -> Tensor:
