@@ -61,8 +61,10 @@ class Pooled(Trainer):
     def __init__(self, problem: Problem, capture: Capture | None = None) -> None:
         super().__init__(problem)
         p = problem
-        # The prefix, and of each branch and the anchor the local window.
-        slots = p.plan.start_frame + (p.routing.num_branches + 1) * LOCAL
+        # What is kept of the prefix, and of each branch and the anchor the local window.
+        start = p.plan.start_frame
+        kept = {*range(SINK), *p.plan.candidates, *range(start - LOCAL, start)}
+        slots = len(kept) + (p.routing.num_branches + 1) * LOCAL
         sizes = (slots, p.size.frame_tokens, p.size.layers, p.size.heads, p.size.head_dim)
         self.pool = FramePool(*sizes, dtype=p.dtype, device=p.device)
         self._capture = capture
@@ -75,7 +77,8 @@ class Pooled(Trainer):
         with clock("prefix"), torch.no_grad():
             prefix = self.pool.timeline()
             for first in range(0, p.plan.start_frame, 3):
-                self._sample_block(self.old, [prefix], first, self._normal([prefix]), range(first))
+                keep = _window(first).union(p.plan.candidates)
+                self._sample_block(self.old, [prefix], first, self._normal([prefix]), keep)
         with clock("rollout"), torch.no_grad():
             trace = self._roll_out(prefix)
         with clock("replay"), torch.no_grad():

@@ -11,9 +11,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvpo_kernels import FramePool
+from kvpo_kernels import FramePool, Timeline, plan_history_routing
 from kvpo_kernels.__main__ import main
-from kvpo_kernels.cost.iteration import CACHE, LOCAL, Run, forward, memory, phases
+from kvpo_kernels.cost.iteration import CACHE, LOCAL, SINK, Run, forward, memory, phases
 from kvpo_kernels.cost.sizes import SIZES, GeneratorSize
 from kvpo_kernels.errors import ConfigError
 
@@ -136,6 +136,37 @@ def test_history_of_eight_branches(model: str, gigabytes: int) -> None:
         small = memory(dataclasses.replace(run, history=name), "ours")["history"]
         pool = FramePool(*sizes, device="meta", page_dtype=dtype)
         assert pool.stats().bytes == small < 0.51 * history
+
+
+@pytest.mark.parametrize("branches", [2, 8])
+def test_history_is_the_peak_of_a_pool_that_is_driven_so(branches: int) -> None:
+    """The rollout of an iteration, and a prefix that is kept for the replays."""
+    run = dataclasses.replace(SMALL, branches=branches)
+    pool = FramePool(200, 1, 1, 1, 16, dtype=torch.float32)
+    for start in run.starts:
+        plan = plan_history_routing(run.routing, run.frames, start_frame=start)
+        window = lambda first: {*range(SINK), *range(first + 3 - LOCAL, first)}
+
+        def block(rows: list[Timeline], first: int, slots: list[list[int]], keep: set[int]) -> None:
+            _, new = pool.advance(rows, 3, keep, pool.routes(slots))
+            frames = torch.full((len(rows), 3, 1, 1, 16), float(first))
+            pool.write(0, new, frames, frames)
+
+        prefix = pool.timeline()
+        for first in range(0, start, 3):
+            rest = window(first).union(plan.candidates)
+            block([prefix], first, [prefix.window(SINK, LOCAL)], rest)
+        rows = prefix.fork(branches + 1)
+        for first in range(start, plan.end_frame, 3):
+            routed = zip(rows[:-1], plan.attended, strict=True)
+            slots = [row.routed(SINK, frames, nearest=1) for row, frames in routed]
+            slots.append(rows[-1].window(SINK, LOCAL))
+            block(rows, first, slots, window(first).union(plan.candidates))
+        for timeline in (prefix, *rows):
+            timeline.release()
+    assert pool.stats().free_slots == 200
+    slots = memory(run, "ours")["history"] / run.frame_bytes
+    assert pool.stats().peak_slots == slots
 
 
 def test_rates_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,11 @@ from kvpo_kernels import (
     TopScored,
     Window,
     frame_attention_mass,
+    quantize_frames,
     routed_attention,
     text_relevance,
 )
-from kvpo_kernels.errors import ConfigError, ShapeError
+from kvpo_kernels.errors import ConfigError, PoolError, ShapeError
 
 T, H, D = 4, 2, 16
 
@@ -59,8 +60,6 @@ def test_three_hundred_blocks_stay_within_the_budget(policy: object, most: int) 
         video.evict(policy)  # type: ignore[arg-type]
         assert len(video.resident_frames) == min(most, 3 * (block + 1)) or block < 20
     assert len(video.resident_frames) == most == pool.num_slots - pool.stats().free_slots
-    if isinstance(policy, TopScored):
-        assert policy.scores.keys() <= set(video.resident_frames)
 
 
 def test_the_highest_scores_stay_and_new_frames_come_in() -> None:
@@ -134,8 +133,9 @@ def test_policies_that_cannot_be_meant() -> None:
         with pytest.raises(ConfigError, match=match):
             call()
     policy = TopScored(0, 0, 1)
-    with pytest.raises(ShapeError, match=r"scores of frames \[4\] are NaN"):
-        policy.observe({3: 1.0, 4: float("nan")})
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ShapeError, match=rf"scores must be finite, got {{4: {bad}}}"):
+            policy.observe({3: 1.0, 4: bad})
     assert policy.scores == {}
     pool, video = make()
     add_block(pool, video)
@@ -146,3 +146,58 @@ def test_policies_that_cannot_be_meant() -> None:
         frame_attention_mass(q, pool.k(0)[..., :8], table, torch.zeros(1, H, 3))
     with pytest.raises(ShapeError, match="does not fit"):
         text_relevance(torch.zeros(3, H, 8), pool.k(0), [0])
+
+
+def test_asking_a_policy_changes_nothing() -> None:
+    """So several timelines may ask one, and a call that was refused may ask again."""
+    pool, video = make(16)
+    for _ in range(3):
+        add_block(pool, video)
+    branches = video.fork(2)
+    video.release()
+    policy = TopScored(sink=1, local=2, budget=1)
+    policy.observe({f: float(f == 3) for f in range(1, 9)})
+    table = pool.routes([b.window(1, 2) for b in branches])
+    with pytest.raises(PoolError, match="slots needed"):
+        pool.advance(branches, 9, policy, table)
+    assert policy.keep(branches[0]) == policy.keep(branches[1]) == {0, 3, 7, 8}
+    pool.advance(branches, 1, policy, table)
+    assert [b.resident_frames for b in branches] == [[0, 3, 7, 8]] * 2
+
+
+def test_advance_asks_each_branch_its_own_policy() -> None:
+    pool, video = make(16)
+    for _ in range(3):
+        add_block(pool, video)
+    branches = video.fork(2)
+    video.release()
+    policies = [TopScored(sink=1, local=1, budget=1) for _ in branches]
+    for policy, best in zip(policies, (2, 5), strict=True):
+        policy.observe({f: float(f == best) for f in range(1, 9)})
+    table = pool.routes([b.window(1, 1) for b in branches])
+    with pytest.raises(ShapeError, match="keep has 1 policies for 2 timelines"):
+        pool.advance(branches, 1, policies[:1], table)
+    pool.advance(branches, 1, policies, table)
+    assert [b.resident_frames for b in branches] == [[0, 2, 8], [0, 5, 8]]
+
+
+def test_scores_of_frames_that_cannot_be_meant() -> None:
+    pool, video = make()
+    add_block(pool, video)
+    q, lse, table = torch.zeros(1, 3, H, D), torch.zeros(1, H, 3), pool.routes([[video.slot(0)]])
+    text, keys = torch.zeros(2, H, D), pool.k(0)
+    pages, scales = quantize_frames(keys, torch.int8)
+    for call, match in (
+        (lambda: frame_attention_mass(q, keys[1:], table, lse), "a pool of 24 slots, but k_pool"),
+        (lambda: frame_attention_mass(q[:, :0], keys, table, lse[..., :0]), "has no queries"),
+        (lambda: frame_attention_mass(q[0], keys, table, lse), r"q must be \[B, Q, H, D\]"),
+        (lambda: frame_attention_mass(q, pages, table, lse), "k_scales must be given"),
+        (lambda: frame_attention_mass(q, keys, table, lse, k_scales=scales), "go with quantized"),
+        (lambda: text_relevance(text, pages, [0]), "k_scales must be given"),
+        (lambda: text_relevance(text, keys, [0], k_scales=scales), "go with quantized"),
+        (lambda: text_relevance(text, keys, [0, -1]), r"slots\[1\] = -1 not in \[0, 24\)"),
+        (lambda: text_relevance(text, keys, [24]), r"slots\[0\] = 24 not in \[0, 24\)"),
+        (lambda: text_relevance(text[:0], keys, [0]), "has no tokens"),
+    ):
+        with pytest.raises(ShapeError, match=match):
+            call()

@@ -7,6 +7,7 @@ import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterable
 
 import pytest
@@ -16,7 +17,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvpo_kernels import FramePool, RouteTable, Timeline, Window
+from kvpo_kernels import (
+    FramePool,
+    RopeTable,
+    RouteTable,
+    Timeline,
+    Window,
+    qk_norm_rope_write,
+    routed_attention,
+)
 from kvpo_kernels.errors import DtypeError, PoolError, ShapeError
 
 LAYERS, TOKENS = 2, 2
@@ -148,12 +157,12 @@ def test_a_pending_backward_keeps_the_frames() -> None:
     pool = make_pool()
     video = filled(pool, 1)
     table = pool.routes([[video.slot(0)]])
-    y = Saving.apply(torch.ones(1, requires_grad=True), table.slots)
+    y = attend(pool.k(0), pool.v(0), table)
     video.release()
     del table
     gc.collect()
     assert pool.stats().free_slots == 11
-    assert y.grad_fn.saved_tensors[0].tolist() == [[0]]
+    assert saved_slots(y) == [0]
     y.backward()
     del y
     gc.collect()
@@ -186,6 +195,13 @@ def test_bad_writes_change_nothing() -> None:
     page = torch.zeros(TOKENS, 1, 1)
     with pytest.raises(ShapeError, match="frame 1 was never appended"):
         video.write(0, 1, page, page)
+    turned = torch.zeros(1, TOKENS, 1)
+    with pytest.raises(ShapeError, match=r"k must be \[frames \* 2, 1, 1\]"):
+        video.write(0, 0, turned, turned)
+    with pytest.raises(ShapeError, match=r"v must be \[frames \* 2, 1, 1\]"):
+        video.write(0, 0, page, turned)
+    with pytest.raises(ShapeError, match=r"slots\[branch=0, frame=0\] = -1 not in \[0, 12\)"):
+        pool.mark_written(0, torch.tensor([[-1]]))
     with pytest.raises(ShapeError, match=r"k must be \[frames \* 2, 1, 1\]"):
         video.write(0, 0, torch.zeros(3, 1, 1), torch.zeros(3, 1, 1))
     with pytest.raises(ShapeError, match="v must be"):
@@ -463,17 +479,203 @@ def test_quantized_frames_are_offloaded_with_their_scales() -> None:
         assert torch.equal(pool.k_scales(1)[slot], scales)
 
 
-class Saving(torch.autograd.Function):
-    """Keeps the slots of a table for its backward, as an attention does."""
+def attend(k_pool: torch.Tensor, v_pool: torch.Tensor, table: RouteTable) -> torch.Tensor:
+    """An output that needs a gradient, of one query; weights that do not all fall on one frame."""
+    q = torch.ones(1, 1, 1, k_pool.shape[3], requires_grad=True)
+    return routed_attention(q, k_pool, v_pool, table, scale=1e-3).sum()
 
-    @staticmethod
-    def forward(ctx, x, slots):
-        ctx.save_for_backward(slots)
-        return x * 2
 
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * 2, None
+def gradient(out: torch.Tensor) -> torch.Tensor:
+    (query,) = (f for f, _ in out.grad_fn.next_functions[0][0].next_functions if f is not None)
+    return torch.autograd.grad(out, query.variable)[0]
+
+
+def saved_slots(out: torch.Tensor) -> list[int]:
+    slots = out.grad_fn.next_functions[0][0].saved_tensors[3]
+    return [s for s in slots.tolist()[0] if s >= 0]
+
+
+def expected_gradient(pool: FramePool, table: RouteTable) -> torch.Tensor:
+    """From copies of the frames as they are now."""
+    copies = (pool.k(0).clone(), pool.v(0).clone())
+    return gradient(attend(*copies, RouteTable(table.slots.clone(), pool.num_slots)))
+
+
+def kernel_pool(dtype: torch.dtype, page_dtype: torch.dtype | None = None) -> FramePool:
+    """With heads that the kernels take, and room."""
+    return FramePool(16, TOKENS, LAYERS, 1, 16, dtype, host_slots=6, page_dtype=page_dtype)
+
+
+def write_random(timeline: Timeline, first: int, frames: int, seed: int) -> None:
+    dtype = timeline._pool.dtype
+    k, v = torch.randn(2, frames, TOKENS, 1, 16, generator=torch.Generator().manual_seed(seed))
+    for layer in range(LAYERS):
+        timeline.write(layer, first, k.to(dtype), v.to(dtype))
+
+
+@pytest.mark.parametrize("page_dtype", [None, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_pending_backward_outlives_every_other_write(
+    dtype: torch.dtype, page_dtype: torch.dtype | None
+) -> None:
+    pool = kernel_pool(dtype, page_dtype)
+    video = pool.timeline()
+    video.append(6)
+    write_random(video, 0, 6, seed=1)
+    table = pool.routes([video.window(1, 3)])
+
+    def graph(table: RouteTable) -> torch.Tensor:
+        q = torch.ones(1, 2, 1, 16, dtype=dtype, requires_grad=True)
+        scales = {"k_scales": pool.k_scales(0), "v_scales": pool.v_scales(0)}
+        return routed_attention(q, pool.k(0), pool.v(0), table, **scales).sum()
+
+    expected, pending = gradient(graph(table)), [graph(table) for _ in range(6)]
+
+    def still_runs() -> None:
+        assert torch.equal(gradient(pending.pop()), expected)
+
+    video.append(1)
+    write_random(video, 6, 1, seed=2)
+    still_runs()
+    fork = video.fork(1)[0]
+    write_random(fork, 0, 1, seed=3)
+    assert pool.stats().copied_slots == 1
+    still_runs()
+    video.offload([0, 4])
+    still_runs()
+    video.fetch([0, 4])
+    still_runs()
+    fork.release()
+    video.evict([6])  # only the table holds its frames now
+    video.append(7)
+    write_random(video, 7, 7, seed=4)
+    still_runs()
+    with pytest.raises(PoolError, match="by route tables or pending backwards only"):
+        video.append(8)
+    del table
+    still_runs()
+    assert not pending
+    gc.collect()
+    assert video.append(8) == 14
+
+
+def test_a_pending_backward_of_a_compiled_graph_outlives_them_too() -> None:
+    pool = kernel_pool(torch.float32)
+    video = pool.timeline()
+    video.append(6)
+    write_random(video, 0, 6, seed=1)
+    table = pool.routes([video.window(1, 3)])
+    q = torch.ones(1, 2, 1, 16, requires_grad=True)
+
+    def inside(q: torch.Tensor) -> torch.Tensor:
+        return routed_attention(q, pool.k(0), pool.v(0), table).sum()
+
+    expected = torch.autograd.grad(inside(q), q)[0]
+    out = torch.compile(inside, backend="aot_eager", fullgraph=True)(q)
+    video.append(1)
+    write_random(video, 6, 1, seed=2)
+    assert torch.equal(torch.autograd.grad(out, q)[0], expected)
+
+
+def test_a_backward_that_advance_takes_the_frames_of_raises() -> None:
+    pool = make_pool(4)
+    video = filled(pool, 4)
+    table = pool.routes([video.window(1, 3)])
+    out = attend(pool.k(0), pool.v(0), table)
+    _, slots = pool.advance([video], 2, [0], table)
+    page = torch.zeros(1, 2, TOKENS, 1, 1)
+    pool.write(0, slots, page, page)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradient(out)
+
+
+def test_a_backward_over_a_plain_table_notices_a_kernels_write() -> None:
+    weight, rope = torch.ones(16), RopeTable(16)
+    x = torch.ones(1, TOKENS, 1, 16)
+    for backend in ("cpu", "reference"):
+        k_pool, v_pool = torch.zeros(2, 4, TOKENS, 1, 16)
+        out = attend(k_pool, v_pool, RouteTable([[1]], 4))
+        pools = {"k_pool": k_pool, "v_pool": v_pool, "slots": torch.tensor([[1]])}
+        norm = {"grid": (1, 1, TOKENS), "backend": backend}
+        qk_norm_rope_write(x, x, x, weight, weight, rope, 0, **norm, **pools)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            gradient(out)
+
+
+def test_what_inference_mode_made_serves_gradients_later() -> None:
+    with torch.inference_mode():
+        pool = make_pool()
+        video = filled(pool, 4)
+        table = pool.routes([video.window(1, 2)])
+    expected = expected_gradient(pool, table)
+    assert torch.equal(gradient(attend(pool.k(0), pool.v(0), table)), expected)
+    table.update([video.window(1, 1)])
+    assert table.tolist() == [video.window(1, 1)]
+    with torch.inference_mode():
+        write(video, 0, [9.0])
+    assert pool.k(0)[video.slot(0)].eq(9).all()
+
+
+def test_a_table_holds_what_it_was_given_whatever_it_came_as() -> None:
+    for given in (
+        lambda slots: ([s for s in row] for row in [slots]),
+        lambda slots: [iter(slots)],
+        lambda slots: torch.tensor([[*slots, -1, -1]]),
+    ):
+        pool = make_pool(4)
+        video = filled(pool, 3)
+        slots = video.window(0, 2)
+        table = pool.routes(given(slots))
+        assert table.tolist() == [slots] and pool.stats().table_slots == 2
+        video.evict([])
+        assert pool.stats().free_slots == 2
+        del table
+        assert pool.stats().free_slots == 4
+
+
+def test_evicting_the_newest_frames_does_not_move_the_window() -> None:
+    pool = make_pool()
+    video = filled(pool, 6)
+    video.evict(range(4))
+    assert video.committed_frames == 6 and video.fork(1)[0].committed_frames == 6
+    with pytest.raises(ShapeError, match="frame 4 was evicted"):
+        video.window(1, 2)
+    with pytest.raises(ShapeError, match="frame 5 was evicted"):
+        video.routed(1, [2], 1)
+    with pytest.raises(ShapeError, match="local must be at least 0, got -1"):
+        video.window(1, -1)
+    with pytest.raises(ShapeError, match="nearest must be at least 0, got -2"):
+        video.routed(1, [2], -2)
+    first, slots = pool.advance([video], 1, range(3), pool.routes([[]]))
+    assert first == 6 and video.committed_frames == 6 and video.resident_frames == [0, 1, 2]
+    page = torch.zeros(1, TOKENS, 1, 1)
+    for layer in range(LAYERS):
+        pool.write(layer, slots, page, page)
+    assert video.committed_frames == 7
+
+
+def test_frames_move_with_a_timeline_that_is_about_to_be_forgotten() -> None:
+    """Its weak references are gone and its finalizer has not run yet: from a callback of another
+    reference, which runs between the two, the pool moves the frames."""
+    pool = make_pool(6, host_slots=6)
+    video = filled(pool, 3)
+    dying = video.fork(1)[0]
+    moved = []
+
+    def move(_: object) -> None:
+        video.offload([0, 1])
+        moved.append(True)
+
+    reference = weakref.ref(dying, move)  # the latest reference is called first
+    del dying
+    gc.collect()
+    assert moved and reference() is None
+    stats = pool.stats()
+    assert (stats.free_slots, stats.free_host_slots, stats.shared_slots) == (5, 4, 0)
+    video.fetch([0, 1])
+    assert [read(pool, video.slot(f)) for f in range(3)] == [0.0, 1.0, 2.0]
+    video.release()
+    assert pool.stats().free_slots == 6 and pool.stats().free_host_slots == 6
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -484,7 +686,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = make_pool(16, host_slots=4)
         self.live: list[tuple[Timeline, dict[int, float | None]]] = [(self.pool.timeline(), {})]
         self.tables: list[tuple[object, list[float]]] = []
-        self.graphs: list[tuple[torch.Tensor, list[float]]] = []
+        self.graphs: list[tuple[torch.Tensor, list[float], torch.Tensor]] = []
         self.next_value = 1.0
 
     def pick(self, data: st.DataObject) -> tuple[Timeline, dict[int, float | None]]:
@@ -645,8 +847,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule(data=st.data(), sink=st.integers(0, 2), local=st.integers(0, 3))
     def evict_by_policy(self, data: st.DataObject, sink: int, local: int) -> None:
         timeline, model = self.pick(data)
-        done = [f for f, value in model.items() if value is not None]
-        end = max(done, default=-1) + 1
+        end = timeline.committed_frames  # of frames that may have been evicted since
         timeline.evict(Window(sink, local))
         for frame in [f for f in model if not (f < sink or end - local <= f < end)]:
             del model[frame]
@@ -672,13 +873,15 @@ class PoolMachine(RuleBasedStateMachine):
     def pending_backward(self) -> None:
         """A graph holds the slots when the table is gone, and lets go of them."""
         table, values = self.tables.pop(0)
-        x = torch.ones((), requires_grad=True)
-        self.graphs.append((Saving.apply(x, table.slots), values))  # type: ignore[attr-defined]
+        expected = expected_gradient(self.pool, table)  # type: ignore[arg-type]
+        out = attend(self.pool.k(0), self.pool.v(0), table)  # type: ignore[arg-type]
+        self.graphs.append((out, values, expected))
 
     @precondition(lambda self: self.graphs)
     @rule()
     def run_backward(self) -> None:
-        self.graphs.pop(0)[0].backward()
+        out, _, expected = self.graphs.pop(0)
+        assert torch.equal(gradient(out), expected)
 
     @precondition(lambda self: len(self.live) > 1)
     @rule(explicit=st.booleans())
@@ -691,6 +894,8 @@ class PoolMachine(RuleBasedStateMachine):
     def every_timeline_and_table_reads_its_own_frames(self) -> None:
         used = set()
         for timeline, model in self.live:
+            done = [f for f, value in model.items() if value is not None]
+            assert max(done, default=-1) < timeline.committed_frames <= timeline.num_frames
             for frame, value in model.items():
                 used.add(timeline._frames[frame])
                 if value is not None:
@@ -699,9 +904,8 @@ class PoolMachine(RuleBasedStateMachine):
             slots = table.tolist()[0]  # type: ignore[attr-defined]
             used |= set(slots)
             assert [read(self.pool, s) for s in slots] == values
-        for output, values in self.graphs:
-            slots = output.grad_fn.saved_tensors[0].tolist()[0]
-            slots = [s for s in slots if s >= 0]
+        for output, values, _ in self.graphs:
+            slots = saved_slots(output)
             used |= set(slots)
             assert [read(self.pool, s) for s in slots] == values
         here = sum(slot < 16 for slot in used)

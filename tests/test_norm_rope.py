@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tolerance import assert_as_accurate
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvpo_kernels import (
     BackendUnavailable,
@@ -238,6 +239,21 @@ def test_a_backward_refuses_angles_that_were_overwritten() -> None:
     qk_norm_rope(q, k, qw, kw, fixed, 3, grid=grid)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_angles_made_in_another_mode_serve_later() -> None:
+    grid = (2, 2, 2)
+    for in_place in (False, True):
+        for mode in (torch.inference_mode(), FakeTensorMode()):
+            rope = RopeTable(32, in_place=in_place)
+            with mode:
+                qk_norm_rope(*make(grid), rope, 3, grid=grid)
+                qk_norm_rope(*make(grid), rope, 5, grid=grid)
+            q, k, qw, kw = make(grid)
+            out, _ = qk_norm_rope(q.requires_grad_(), k, qw, kw, rope, 3, grid=grid)
+            out.sum().backward()
+            again = qk_norm_rope(q, k, qw, kw, RopeTable(32), 3, grid=grid)[0]
+            assert torch.equal(out, again) and q.grad is not None
 
 
 def test_errors_name_the_argument() -> None:

@@ -106,6 +106,10 @@ def test_no_room_for_routed_frames_gives_empty_lists() -> None:
         ({"num_branches": 0}, "num_branches"),
         ({"selection": "random"}, "selection must be one of"),
         ({"variant": "wan"}, "variant"),
+        (
+            {"slot_mapping": "official", "nearest_frames": 2},
+            "nearest_frames must be at least 3, got 2",
+        ),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:

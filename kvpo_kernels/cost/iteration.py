@@ -226,12 +226,10 @@ def memory(run: Run, way: Way) -> dict[str, float]:
     N = s.block_frames * s.frame_tokens
     rows = G + 1
     if way == "ours":
-        # Sink, candidates and latest frames once; of each row its window, whose oldest frames the
-        # block takes the slots of.
-        candidates = run.routing.cache_frames - run.routing.sink_frames - run.routing.block_frames
-        shared = min(
-            max(run.starts), SINK + candidates - 3 * (run.routing.perturbed_blocks - 1) + 1
-        )
+        # Sink, candidates and the frames from there to the fork once; of each row its window, whose
+        # oldest frames the block takes the slots of.
+        perturbed = run.routing.block_frames * (run.routing.perturbed_blocks - 1)
+        shared = min(max(run.starts), run.routing.cache_frames - perturbed)
         scales = 2 * s.layers * s.heads * 4
         small = run.frame_bytes / ELEMENT + scales
         frame = run.frame_bytes if run.history == "bfloat16" else small

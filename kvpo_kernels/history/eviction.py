@@ -4,6 +4,7 @@ A policy says what to keep and knows nothing of slots; the pool frees what nobod
 with `keep(timeline)` will do.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kvpo_kernels.errors import ConfigError, ShapeError
 from kvpo_kernels.history.route_table import RouteTable
+from kvpo_kernels.ops.store_frames import check_scales
 
 
 class Frames(Protocol):
@@ -66,7 +68,8 @@ class TopScored:
     adaptive cache that keeps what is attended to (as H2O does for tokens, arXiv:2306.14048), and
     `text_relevance` with `record_every=9` the bank of MemFlow, which records the first frame of
     every third block and ranks by the prompt. A frame without a score yet outranks those that have
-    one, the latest first. One object per timeline.
+    one, the latest first. One object per timeline, or for timelines that share their scores: asking
+    changes nothing.
 
     Args:
         sink: the first frames, always kept.
@@ -88,30 +91,28 @@ class TopScored:
         self.always = Window(sink, local)
         self.budget, self.decay, self.record_every = budget, decay, record_every
         self.scores: dict[int, float] = {}
-        """Absolute frame -> score."""
+        """Absolute frame -> score, of all that were ever observed."""
 
     def observe(self, scores: Mapping[int, float]) -> None:
         """Take the scores of this block.
 
         Raises:
-            ShapeError: a score is NaN; nothing has changed then.
+            ShapeError: a score is not finite; nothing has changed then.
         """
-        bad = [frame for frame, score in scores.items() if score != score]
+        bad = {frame: score for frame, score in scores.items() if not math.isfinite(score)}
         if bad:
-            raise ShapeError(f"scores of frames {bad} are NaN")
+            raise ShapeError(f"scores must be finite, got {bad}")
         for frame, score in scores.items():
             former = self.scores.get(frame, score)
             self.scores[frame] = self.decay * former + (1 - self.decay) * score
 
     def keep(self, timeline: Frames) -> set[int]:
-        """As `EvictionPolicy.keep`; forgets the scores of frames that are gone."""
+        """As `EvictionPolicy.keep`."""
         always = self.always.keep(timeline)
         held = timeline.resident_frames
         competing = [f for f in held if f not in always and f % self.record_every == 0]
         competing.sort(key=lambda f: (self.scores.get(f, float("inf")), f), reverse=True)
-        kept = always.union(competing[: self.budget])
-        self.scores = {f: s for f, s in self.scores.items() if f in kept}
-        return kept
+        return always.union(competing[: self.budget])
 
 
 @torch.no_grad()
@@ -145,8 +146,11 @@ def frame_attention_mass(
         `[B, R]` float32, 0 where a row has fewer slots. Holds one frame per row at a time.
 
     Raises:
-        ShapeError: a shape does not fit.
+        ShapeError: a shape does not fit, or scales are missing or superfluous.
+        DtypeError: scales of another dtype or device.
     """
+    if q.ndim != 4:
+        raise ShapeError(f"q must be [B, Q, H, D], got {list(q.shape)}")
     B, Q, H, D = q.shape
     if table.num_rows != B or lse.shape != (B, H, Q):
         raise ShapeError(
@@ -155,6 +159,14 @@ def frame_attention_mass(
         )
     if k_pool.ndim != 4 or k_pool.shape[3] != D or H % k_pool.shape[2]:
         raise ShapeError(f"k_pool {list(k_pool.shape)} does not fit q {list(q.shape)}")
+    if table.num_slots != k_pool.shape[0]:
+        raise ShapeError(
+            f"table was made for a pool of {table.num_slots} slots, but k_pool has"
+            f" {k_pool.shape[0]}"
+        )
+    if Q == 0:
+        raise ShapeError(f"q {list(q.shape)} has no queries to take the mean of")
+    check_scales(k_pool, k_pool, k_scales, k_scales, q.device)
     _at_least("queries", queries, 1)
     picked = torch.linspace(0, Q - 1, min(queries, Q), device=q.device).round().long()
     some = q[:, picked].float() * (D**-0.5 if scale is None else scale)
@@ -187,11 +199,20 @@ def text_relevance(
         `[number of slots]` float32.
 
     Raises:
-        ShapeError: heads or head sizes differ.
+        ShapeError: heads or head sizes differ, a slot outside the pool, no text, or scales are
+            missing or superfluous.
+        DtypeError: scales of another dtype or device.
     """
     if text_k.ndim != 3 or k_pool.ndim != 4 or text_k.shape[1:] != k_pool.shape[2:]:
         raise ShapeError(f"text_k {list(text_k.shape)} does not fit k_pool {list(k_pool.shape)}")
-    index = torch.tensor(list(slots), dtype=torch.int64, device=k_pool.device)
+    if len(text_k) == 0:
+        raise ShapeError(f"text_k {list(text_k.shape)} has no tokens to take the mean of")
+    check_scales(k_pool, k_pool, k_scales, k_scales, text_k.device)
+    named = list(slots)
+    for i, slot in enumerate(named):
+        if not 0 <= slot < k_pool.shape[0]:
+            raise ShapeError(f"slots[{i}] = {slot} not in [0, {k_pool.shape[0]})")
+    index = torch.tensor(named, dtype=torch.int64, device=k_pool.device)
     frames = _frames(k_pool, k_scales, index).mean(1)  # the score is linear: means first
     H, D = text_k.shape[1:]
     score: Tensor = torch.einsum("hd,nhd->n", text_k.float().mean(0), frames) / (H * D**0.5)

@@ -11,9 +11,11 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from kvpo_kernels.errors import DtypeError, PoolError, ShapeError
 from kvpo_kernels.history.eviction import EvictionPolicy
@@ -60,6 +62,11 @@ class FramePool:
     Memory is `2 * num_layers * num_slots * frame_tokens * num_heads * head_dim` elements, taken
     once, and where it is quantized 4 bytes per frame, layer and head, twice. References are counted
     on the host; no method synchronises a device.
+
+    References, not autograd's version counters, keep what a pending backward reads: a write to one
+    slot must not end a backward that reads others. So `k`, `v` and the scales are views with
+    version counters of their own, new ones in each call. Keep none of them: a kernel's write to one
+    (`qk_norm_rope_write`) does count for what was saved of that same view.
     """
 
     def __init__(
@@ -106,7 +113,9 @@ class FramePool:
         self._written = [0] * everywhere  # bit l: layer l of the slot has been written
         self._free = list(range(num_slots - 1, -1, -1))
         self._free_host = list(range(everywhere - 1, num_slots - 1, -1))
-        self._timelines: weakref.WeakSet[Timeline] = weakref.WeakSet()
+        # Of every timeline whose references are counted, by identity: a timeline may be dead and
+        # still in the queue below.
+        self._counted: dict[int, dict[int, int]] = {}
         self._fewest_free = num_slots
         self._copied_slots = 0
         self._lock = threading.RLock()
@@ -122,59 +131,40 @@ class FramePool:
 
     def k(self, layer: int) -> Tensor:
         """The keys of a layer, a view `[F, T, H, D]`."""
-        return self._pages.storage[0, layer]
+        return self._pages.storage[0, layer].data
 
     def v(self, layer: int) -> Tensor:
         """The values of a layer, a view `[F, T, H, D]`."""
-        return self._pages.storage[1, layer]
+        return self._pages.storage[1, layer].data
 
     def k_scales(self, layer: int) -> Tensor | None:
         """The scales of a layer's keys, a view `[F, H]` float32; None in a pool of plain frames."""
-        return None if self._pages.scales is None else self._pages.scales[0, layer]
+        return None if self._pages.scales is None else self._pages.scales[0, layer].data
 
     def v_scales(self, layer: int) -> Tensor | None:
         """As `k_scales`, of the values."""
-        return None if self._pages.scales is None else self._pages.scales[1, layer]
+        return None if self._pages.scales is None else self._pages.scales[1, layer].data
 
     def timeline(self) -> "Timeline":
         """An empty timeline."""
-        return Timeline(self, {}, 0)
+        with self._lock:
+            return Timeline(self, {}, 0, 0)
 
     def routes(
-        self, slot_lists: Sequence[Sequence[int]], allow_duplicates: bool = False
+        self, slot_lists: Iterable[Iterable[int]] | Tensor, allow_duplicates: bool = False
     ) -> RouteTable:
         """A table over this pool that keeps its frames alive and unchanged while it lives.
 
         Args:
-            slot_lists: per row the slots, as `Timeline.window` and `Timeline.routed` give them.
+            slot_lists: per row the slots, as `Timeline.window` and `Timeline.routed` give them; or
+                as `RouteTable` takes them.
             allow_duplicates: accept a slot twice in a row.
 
         Raises:
             ShapeError: as `RouteTable`; or a slot that no timeline holds or that is not yet
                 written in every layer.
         """
-        table = RouteTable(slot_lists, self.num_slots, self.device, allow_duplicates)
-        held: set[int] = set()
-
-        def lease(rows: Rows) -> None:
-            wanted = {slot for row in rows for slot in row}
-            with self._lock:
-                self._settle()
-                for b, row in enumerate(rows):
-                    for i, slot in enumerate(row):
-                        self._check_resident(slot, f"route[branch={b}, slot={i}] = {slot}")
-                self._pages.wait_for(wanted)
-                for slot in wanted:
-                    self._table_refs[slot] += 1
-                previous = set(held)
-                held.clear()
-                held.update(wanted)
-                self._drop_table(previous)
-
-        lease([list(row) for row in slot_lists])
-        table._lease, table._held, table._pool = lease, held, weakref.ref(self)
-        weakref.finalize(table.slots, self._dropped_tables.append, held).atexit = False
-        return table
+        return _HoldingTable(self, slot_lists, allow_duplicates)
 
     def prepare_write(
         self, timelines: Sequence["Timeline"], first_frame: int, num_frames: int
@@ -242,7 +232,7 @@ class FramePool:
         self,
         timelines: Sequence["Timeline"],
         num_frames: int,
-        keep: Iterable[int] | EvictionPolicy,
+        keep: Iterable[int] | EvictionPolicy | Sequence[EvictionPolicy],
         table: RouteTable,
     ) -> tuple[int, Tensor]:
         """Append the next frames to every timeline where frames leave that `table` still reads.
@@ -251,13 +241,13 @@ class FramePool:
         `evict`: the new frames take the slots of those that leave, and a branch never holds more
         than its window. That is safe because a layer of a slot is read last by that layer's
         attention: in every layer, first attend over `table`, for all rows, then write. After the
-        pass `table` is of no use, and no backward may need it.
+        pass `table` is of no use; a backward that was to need it raises.
 
         Args:
             timelines: B timelines of the same length.
             num_frames: frames to append to each.
-            keep: what each timeline keeps of its frames, as in `Timeline.evict`; a policy is asked
-                before the new ones are there.
+            keep: what each timeline keeps of its frames, as in `Timeline.evict`, or a policy for
+                each timeline; a policy is asked before the new frames are there.
             table: of `routes`, the one that the pass attends over.
 
         Returns:
@@ -265,7 +255,8 @@ class FramePool:
             `[B, num_frames]` on the host, all different, as of `prepare_write`.
 
         Raises:
-            ShapeError: timelines of different lengths or named twice, a table of another pool.
+            ShapeError: timelines of different lengths or named twice, a table of another pool, not
+                one policy per timeline.
             PoolError: not enough slots leave or are free. Nothing has changed then.
         """
         if num_frames < 0:
@@ -277,12 +268,9 @@ class FramePool:
                     f"timelines[{b}] has {timeline.num_frames} frames, timelines[0] has"
                     f" {timelines[0].num_frames}"
                 )
-        if table._held is None or table._pool() is not self:
+        if not isinstance(table, _HoldingTable) or table.pool is not self:
             raise ShapeError("table was not made by `routes` of this pool")
-        if isinstance(keep, Iterable):
-            kept = [set(keep)] * len(timelines)
-        else:
-            kept = [set(keep.keep(timeline)) for timeline in timelines]
+        kept = _kept(keep, timelines)
         with self._lock:
             self._settle()
             gone = [
@@ -298,15 +286,17 @@ class FramePool:
                 if slot < self.num_slots and self._timeline_refs[slot] == n
             ]
             # Of those that leave for good, only this pass may still read.
-            leaving = [s for s in alone if self._table_refs[s] == 1 and s in table._held]
+            leaving = [s for s in alone if self._table_refs[s] == 1 and s in table.held]
             freed = sum(self._table_refs[slot] == 0 for slot in alone)
             needed = num_frames * len(timelines)
             if needed > len(self._free) + freed + len(leaving):
                 raise self._exhausted(needed - freed - len(leaving))
             for timeline, frames in zip(timelines, gone, strict=True):
-                self._drop_frames([timeline._frames.pop(frame) for frame in frames])
+                timeline._lose(frames)
             handed = leaving[: max(0, needed - freed)]  # before free slots: these come back anyway
-            table._held.difference_update(handed)
+            if handed:
+                increment_version(table.slots)  # a backward that saved them may not run now
+            table.held.difference_update(handed)
             self._drop_table(handed)
             first = timelines[0].num_frames if timelines else 0
             slots = []
@@ -345,18 +335,31 @@ class FramePool:
                     f"{name} must be {self.dtype} on {self.device} like the pool, got"
                     f" {tensor.dtype} on {tensor.device}"
                 )
-        self._check_private(slots)
+        rows = slots.tolist()
+        self._check_private(rows)
         to = slots.reshape(-1)
         store_frames(self.k(layer), self.k_scales(layer), to, k.reshape(B * frames, *page))
         store_frames(self.v(layer), self.v_scales(layer), to, v.reshape(B * frames, *page))
-        self.mark_written(layer, slots)
+        self._mark(layer, rows)
 
     def mark_written(self, layer: int, slots: Tensor) -> None:
-        """Record that a kernel wrote one layer of these slots directly, as `write` does."""
+        """Record that a kernel wrote one layer of these slots directly, as `write` does.
+
+        Args:
+            slots: int64 `[B, frames]`, from `prepare_write` or `advance`.
+
+        Raises:
+            ShapeError: a slot outside the pool; nothing is recorded then.
+        """
         self._check_layer(layer)
+        check_slots(slots, list(slots.shape), self.num_slots)
+        self._mark(layer, slots.reshape(1, -1).tolist())
+
+    def _mark(self, layer: int, rows: Rows) -> None:
         with self._lock:
-            for slot in slots.reshape(-1).tolist():
-                self._written[slot] |= 1 << layer
+            for row in rows:
+                for slot in row:
+                    self._written[slot] |= 1 << layer
 
     def stats(self) -> PoolStats:
         """Counts of the moment."""
@@ -377,10 +380,10 @@ class FramePool:
                 host_bytes=self._pages.host_nbytes,
             )
 
-    def _check_private(self, slots: Tensor) -> None:
+    def _check_private(self, rows: Rows) -> None:
         with self._lock:
             self._settle()
-            for b, row in enumerate(slots.tolist()):
+            for b, row in enumerate(rows):
                 for i, slot in enumerate(row):
                     timelines, tables = self._timeline_refs[slot], self._table_refs[slot]
                     if (timelines, tables) != (1, 0):
@@ -441,8 +444,6 @@ class FramePool:
 
     def _move(self, slots: Sequence[int], to_host: bool) -> None:
         """Move frames of timelines between device and host, for all timelines that share them."""
-        # Held here, none of them can die between the queue's settling and the change of its slots.
-        alive = list(self._timelines)
         self._settle()
         free = self._free_host if to_host else self._free
         if len(slots) > len(free):
@@ -460,17 +461,20 @@ class FramePool:
             self._written[new] = self._written[old]
             self._free_if_unused(old)  # a table may still read it
         self._fewest_free = min(self._fewest_free, len(self._free))
-        for timeline in alive:
-            for frame, slot in timeline._frames.items():
-                timeline._frames[frame] = moves.get(slot, slot)
+        for frames in self._counted.values():
+            for frame, slot in frames.items():
+                frames[frame] = moves.get(slot, slot)
 
     def _settle(self) -> None:
         while self._dropped_timelines:
-            frames = self._dropped_timelines.popleft()
-            self._drop_frames(frames.values())
-            frames.clear()
+            self._forget(self._dropped_timelines.popleft())
         while self._dropped_tables:
             self._drop_table(self._dropped_tables.popleft())
+
+    def _forget(self, frames: dict[int, int]) -> None:
+        del self._counted[id(frames)]
+        self._drop_frames(frames.values())
+        frames.clear()
 
     def _exhausted(self, needed: int) -> PoolError:
         tables_only = sum(
@@ -483,6 +487,58 @@ class FramePool:
         )
 
 
+def _kept(
+    keep: Iterable[int] | EvictionPolicy | Sequence[EvictionPolicy], timelines: Sequence["Timeline"]
+) -> list[set[int]]:
+    """Per timeline the frames to keep."""
+    if not isinstance(keep, Iterable):
+        return [set(keep.keep(timeline)) for timeline in timelines]
+    named: list[Any] = list(keep)
+    if not any(hasattr(item, "keep") for item in named):
+        return [set(named)] * len(timelines)
+    if len(named) != len(timelines):
+        raise ShapeError(f"keep has {len(named)} policies for {len(timelines)} timelines")
+    return [set(policy.keep(timeline)) for policy, timeline in zip(named, timelines, strict=True)]
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 0:
+            raise ShapeError(f"{name} must be at least 0, got {count}")
+
+
+class _HoldingTable(RouteTable):
+    """Has references to the slots it names, for as long as its `slots` tensor lives."""
+
+    def __init__(
+        self,
+        pool: FramePool,
+        slot_lists: Iterable[Iterable[int]] | Tensor,
+        allow_duplicates: bool,
+    ) -> None:
+        self.pool = pool
+        self.held: set[int] = set()
+        super().__init__(slot_lists, pool.num_slots, pool.device, allow_duplicates)
+        finalizer = weakref.finalize(self.slots, pool._dropped_tables.append, self.held)
+        finalizer.atexit = False
+
+    def _hold(self, rows: Rows) -> None:
+        pool = self.pool
+        wanted = {slot for row in rows for slot in row}
+        with pool._lock:
+            pool._settle()
+            for b, row in enumerate(rows):
+                for i, slot in enumerate(row):
+                    pool._check_resident(slot, f"route[branch={b}, slot={i}] = {slot}")
+            pool._pages.wait_for(wanted)
+            for slot in wanted:
+                pool._table_refs[slot] += 1
+            previous = set(self.held)
+            self.held.clear()
+            self.held.update(wanted)
+            pool._drop_table(previous)
+
+
 class Timeline:
     """The frames of one video or branch, by absolute index; made by `FramePool.timeline`.
 
@@ -490,13 +546,16 @@ class Timeline:
     releases its frames.
     """
 
-    def __init__(self, pool: FramePool, frames: dict[int, int], num_frames: int) -> None:
+    def __init__(
+        self, pool: FramePool, frames: dict[int, int], num_frames: int, committed_frames: int
+    ) -> None:
         self._pool = pool
         self._frames = frames  # absolute frame -> slot, ascending
         self._num_frames = num_frames
+        self._committed = committed_frames  # at least: frames that are held may be further
+        pool._counted[id(frames)] = frames
         self._finalizer = weakref.finalize(self, pool._dropped_timelines.append, frames)
         self._finalizer.atexit = False
-        pool._timelines.add(self)
 
     @property
     def num_frames(self) -> int:
@@ -505,13 +564,10 @@ class Timeline:
 
     @property
     def committed_frames(self) -> int:
-        """The absolute index after the last frame that is written in every layer."""
+        """The absolute index after the last frame written in every layer, evicted or not."""
         with self._pool._lock:
             self._check_of(self._pool, "timeline")
-            for frame in reversed(self._frames):
-                if self._pool._is_resident(self._frames[frame]):
-                    return frame + 1
-        return 0
+            return self._commit()
 
     @property
     def resident_frames(self) -> list[int]:
@@ -550,18 +606,17 @@ class Timeline:
             PoolError: a shared slot and no free one to copy it to.
         """
         pool = self._pool
-        tokens = k.shape[0] * (k.shape[1] if k.ndim == 4 else 1)
-        if k.ndim not in (3, 4) or tokens % pool.frame_tokens:
-            raise ShapeError(
-                f"k must be [frames * {pool.frame_tokens}, {pool.num_heads}, {pool.head_dim}],"
-                f" got {list(k.shape)}"
-            )
         pool._check_layer(layer)
-        frames = tokens // pool.frame_tokens
+        frames = k.shape[0] // (pool.frame_tokens if k.ndim == 3 else 1) if k.ndim else 0
         page = (frames, pool.frame_tokens, pool.num_heads, pool.head_dim)
+        flat = (frames * page[1], *page[2:])
         for name, tensor in (("k", k), ("v", v)):
-            if tensor.numel() != k.numel() or tensor.shape[-2:] != page[-2:]:
-                raise ShapeError(f"{name} must be {list(page)}, got {list(tensor.shape)}")
+            if tuple(tensor.shape) not in (flat, page):
+                raise ShapeError(
+                    f"{name} must be [frames * {page[1]}, {page[2]}, {page[3]}] or"
+                    f" [frames, {page[1]}, {page[2]}, {page[3]}], got {list(tensor.shape)}"
+                    f" ({frames} frames by k)"
+                )
             if tensor.dtype != pool.dtype or tensor.device != pool.device:
                 raise DtypeError(
                     f"{name} must be {pool.dtype} on {pool.device}, got {tensor.dtype} on"
@@ -584,7 +639,8 @@ class Timeline:
             for slot in self._frames.values():
                 pool._timeline_refs[slot] += num_branches
             return [
-                Timeline(pool, dict(self._frames), self._num_frames) for _ in range(num_branches)
+                Timeline(pool, dict(self._frames), self._num_frames, self._committed)
+                for _ in range(num_branches)
             ]
 
     def slot(self, frame: int) -> int:
@@ -606,8 +662,9 @@ class Timeline:
         Frames that would be in both are listed once; early in a video the list is shorter.
 
         Raises:
-            ShapeError: a frame of the window has been evicted.
+            ShapeError: a frame of the window has been evicted, or a negative number.
         """
+        _check_counts(sink=sink, local=local)
         end = self.committed_frames
         frames = [*range(min(sink, end)), *range(max(sink, end - local), end)]
         return [self.slot(frame) for frame in frames]
@@ -621,8 +678,9 @@ class Timeline:
                 refuses them unless it allows duplicates.
 
         Raises:
-            ShapeError: a frame that is not resident.
+            ShapeError: a frame that is not resident, or a negative number.
         """
+        _check_counts(sink=sink, nearest=nearest)
         end = self.committed_frames
         frames = [*range(min(sink, end)), *selected, *range(max(0, end - nearest), end)]
         return [self.slot(frame) for frame in frames]
@@ -634,8 +692,7 @@ class Timeline:
         wanted = set(keep if isinstance(keep, Iterable) else keep.keep(self))
         with pool._lock:
             self._check_of(pool, "timeline")
-            gone = [frame for frame in self._frames if frame not in wanted]
-            pool._drop_frames([self._frames.pop(frame) for frame in gone])
+            self._lose([frame for frame in self._frames if frame not in wanted])
 
     def offload(self, frames: Iterable[int]) -> None:
         """Move frames to host memory and free their slots, for all timelines that share them.
@@ -685,8 +742,18 @@ class Timeline:
         """Drop all frames. The timeline cannot be used afterwards; a second call does nothing."""
         with self._pool._lock:
             if self._finalizer.detach() is not None:
-                self._pool._drop_frames(self._frames.values())
-                self._frames.clear()
+                self._pool._forget(self._frames)
+
+    def _lose(self, frames: Iterable[int]) -> None:
+        self._commit()
+        self._pool._drop_frames([self._frames.pop(frame) for frame in frames])
+
+    def _commit(self) -> int:
+        for frame in reversed(self._frames):
+            if self._pool._is_resident(self._frames[frame]):
+                self._committed = max(self._committed, frame + 1)
+                break
+        return self._committed
 
     def _slot(self, frame: int) -> int:
         """On the device."""

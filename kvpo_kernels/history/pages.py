@@ -12,6 +12,8 @@ from torch import Tensor
 class Pages:
     """Keys and values of `num_slots` frames on a device and of `host_slots` more in host memory.
 
+    All writing is through `.data`, a view with a version counter of its own: see `FramePool`.
+
     Args:
         num_slots: F; slots from F on are the host's, as `copy` takes them.
         num_layers: layers of the generator.
@@ -22,6 +24,7 @@ class Pages:
         host_slots: pinned where the device is a GPU.
     """
 
+    @torch.inference_mode(False)  # a pool outlives the mode in which it may be made
     def __init__(
         self,
         num_slots: int,
@@ -74,7 +77,7 @@ class Pages:
         self.wait_for(slot for move in moves for slot in move)
         for tensor in self._device():
             for old, new in moves:
-                tensor[:, :, new].copy_(tensor[:, :, old])
+                tensor.data[:, :, new].copy_(tensor[:, :, old])
 
     def move(self, moves: dict[int, int]) -> None:
         """From slot to slot across device and host; on a GPU behind what was launched before."""
@@ -109,7 +112,7 @@ class Pages:
                 for part in range(2):  # piece by piece: contiguous ones need no staging
                     for layer in range(self.storage.shape[1]):
                         piece = source[part, layer, old_at]
-                        target[part, layer, new_at].copy_(piece, non_blocking=True)
+                        target.data[part, layer, new_at].copy_(piece, non_blocking=True)
 
     def _place(self, slot: int, on_device: Tensor, on_host: Tensor) -> tuple[Tensor, int]:
         if slot < self.num_slots:

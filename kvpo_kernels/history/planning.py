@@ -69,6 +69,9 @@ class HistoryRouting:
             value = getattr(self, name)
             if value not in get_args(kind):
                 raise ConfigError(f"{name} must be one of {get_args(kind)}, got {value!r}")
+        if self.slot_mapping == "official" and self.variant == "longlive":
+            # One block later than the latest candidate would not have been generated yet.
+            self._at_least("nearest_frames", self.block_frames)
 
     def _at_least(self, name: str, limit: int) -> None:
         if getattr(self, name) < limit:

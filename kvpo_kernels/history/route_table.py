@@ -1,6 +1,6 @@
 """Which frames each row attends to: a checked, device-resident table of pool slots."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -34,9 +34,10 @@ class RouteTable:
         DtypeError: slots that are not integers, or a tensor on another device.
     """
 
+    @torch.inference_mode(False)  # a table outlives the mode in which it may be made
     def __init__(
         self,
-        slot_lists: Sequence[Sequence[int]] | Tensor,
+        slot_lists: Iterable[Iterable[int]] | Tensor,
         num_slots: int,
         device: torch.device | str = "cpu",
         allow_duplicates: bool = False,
@@ -54,17 +55,14 @@ class RouteTable:
             else max((len(row) for row in rows), default=0)
         )
         self.slots = self._padded(rows).to(target, non_blocking=True)
-        # Of a table made by a pool: how it takes references to slots, and those it has.
-        self._lease: Callable[[Rows], None] | None = None
-        self._held: set[int] | None = None
-        self._pool: Callable[[], object] = lambda: None
+        self._hold(rows)
 
     @property
     def device(self) -> torch.device:
         """Where `slots` lies."""
         return self.slots.device
 
-    def update(self, slot_lists: Sequence[Sequence[int]] | Tensor) -> None:
+    def update(self, slot_lists: Iterable[Iterable[int]] | Tensor) -> None:
         """Replace the routes in place, as a captured CUDA graph needs it: all rows or none.
 
         Raises:
@@ -81,9 +79,11 @@ class RouteTable:
                     f" {self.capacity}"
                 )
         padded = self._padded(rows)
-        if self._lease is not None:
-            self._lease(rows)
+        self._hold(rows)
         self.slots.copy_(padded, non_blocking=True)
+
+    def _hold(self, rows: Rows) -> None:
+        """Called with the slots that `slots` is about to name, before it is used; may refuse."""
 
     def tolist(self) -> Rows:
         """The routes as ragged lists (synchronises where the table is on a GPU)."""
@@ -95,7 +95,7 @@ class RouteTable:
             f" num_slots={self.num_slots}, device={self.device})"
         )
 
-    def _rows(self, slot_lists: Sequence[Sequence[int]] | Tensor, device: torch.device) -> Rows:
+    def _rows(self, slot_lists: Iterable[Iterable[int]] | Tensor, device: torch.device) -> Rows:
         if isinstance(slot_lists, Tensor):
             rows = self._tensor_rows(slot_lists, device)
         else:

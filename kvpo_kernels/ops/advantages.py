@@ -64,6 +64,9 @@ def anchor_advantages(
         if not bool(anchor.isfinite().all()):
             raise ShapeError(f"anchor_rewards must be finite, got {anchor.tolist()}")
 
+    else:  # a branch that one component cannot judge leaves the statistics of all
+        r = torch.where(r.isfinite().all(0), r, torch.nan)
+
     advantage = torch.zeros_like(r[0])
     for c in range(C):
         group = torch.cat([r[c], anchor[c : c + 1]])

@@ -107,6 +107,10 @@ def scalars_of(objective: ContrastiveObjective, safe: bool, nonfinite: str) -> S
     The other half is the anchor's: `softmax([log pi, 0])` gives it 1/2 whatever pi is, with zero
     gradient, so the protection is a constant factor.
     """
+    if not isinstance(objective, ContrastiveObjective):
+        raise ConfigError(
+            f"objective must be a ContrastiveObjective, got {type(objective).__name__}"
+        )
     if nonfinite not in ("raise", "drop"):
         raise ConfigError(f"nonfinite must be 'raise' or 'drop', got {nonfinite!r}")
     unsafe_scale = 0.0 if objective.protect == "mechanism_1" else 0.5
@@ -285,11 +289,11 @@ def branch_policy_loss(
 
     Source: KVPO (arXiv:2605.14278), the released trainer's objective.
     """
-    scalars = scalars_of(objective, safe, nonfinite)
     if group is not None:
         return _over_group(
-            scores, old_scores, advantages, ref_scores, objective, safe, group, scalars, backend
+            scores, old_scores, advantages, ref_scores, objective, safe, group, nonfinite, backend
         )
+    scalars = scalars_of(objective, safe, nonfinite)
     old_scores, advantages, ref_scores = _checked(scores, old_scores, advantages, ref_scores)
     chosen = registry.select(OP, BACKENDS, Problem(scores.device.type), backend).name
     numbers = _forward(scores.detach(), old_scores, advantages, ref_scores, *scalars, chosen)
@@ -416,13 +420,15 @@ def _over_group(
     objective: ContrastiveObjective,
     safe: bool,
     group: dist.ProcessGroup,
-    scalars: Scalars,
+    nonfinite: Nonfinite,
     backend: str | None,
 ) -> BranchPolicyLoss:
     """Gather the branches of all ranks, evaluate them alike on each, keep the own ones."""
     try:
+        scalars = scalars_of(objective, safe, nonfinite)
         old_scores, advantages, ref_scores = _checked(scores, old_scores, advantages, ref_scores)
-    except (ShapeError, DtypeError):
+        chosen = registry.select(OP, BACKENDS, Problem(scores.device.type), backend).name
+    except Exception:  # whatever it is, the other ranks wait for this one: tell them
         announce_failure(group, scores.device if isinstance(scores, Tensor) else "cpu")
         raise
     device, count = scores.device, scores.shape[0]
@@ -450,7 +456,6 @@ def _over_group(
     dist.all_gather(parts, payload, group=group)
     gathered = torch.cat([p[:, :n] for p, n in zip(parts, counts, strict=True)], dim=1)
     everyone = gathered.to(scores.dtype).unbind()
-    chosen = registry.select(OP, BACKENDS, Problem(device.type), backend).name
     ref = everyone[3] if ref_scores is not None else None
     numbers = _forward(*everyone[:3], ref, *scalars, chosen)
     first, G = sum(counts[: dist.get_rank(group)]), sum(counts)

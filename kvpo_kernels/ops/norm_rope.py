@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from kvpo_kernels import registry
 from kvpo_kernels.errors import ConfigError, DtypeError, ShapeError
-from kvpo_kernels.ops.store_frames import check_scales, check_slots, store_frames
+from kvpo_kernels.ops.store_frames import check_scales, check_slots, note_written, store_frames
 from kvpo_kernels.registry import Backend
 
 OP = "norm_rope"
@@ -107,12 +107,16 @@ class RopeTable:
         key = (first_frame, *grid, wide)
         if key not in self._grids:
             self._check(first_frame, grid)
+            made = self._make(first_frame, grid, wide)
+            if type(made[0]) is not Tensor:  # a fake mode's: of no use outside of it
+                return made
             if len(self._grids) >= 64:  # blocks come in order: the oldest is not asked for again
                 self._grids.pop(next(iter(self._grids)))
-            self._grids[key] = self._make(first_frame, grid, wide)
+            self._grids[key] = made
         made = self._grids[key]
         return self._fill(first_frame, (*grid, wide), made) if self.in_place else made
 
+    @torch.inference_mode(False)
     def _fill(
         self, first_frame: int, key: tuple[int, int, int, bool], made: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
@@ -140,6 +144,7 @@ class RopeTable:
             if value >= limit:
                 raise ShapeError(f"rope table: {name} {value} not in [0, {limit})")
 
+    @torch.inference_mode(False)  # they may be asked for again with gradients
     def _make(
         self, first_frame: int, grid: tuple[int, int, int], wide: bool
     ) -> tuple[Tensor, Tensor]:
@@ -252,9 +257,9 @@ def qk_norm_rope_write(
         store_frames(k_pool, k_scales, flat, new_k.reshape(page), name)
         store_frames(v_pool, v_scales, flat, v.reshape(page), name)
         return new_q  # type: ignore[no-any-return]
-    return _write(  # type: ignore[no-any-return]
-        q, k, v, q_weight, k_weight, cos, sin, k_pool, v_pool, slots, eps, name
-    )
+    new_q = _write(q, k, v, q_weight, k_weight, cos, sin, k_pool, v_pool, slots, eps, name)
+    note_written(k_pool, v_pool)
+    return new_q  # type: ignore[no-any-return]
 
 
 def _prepare(

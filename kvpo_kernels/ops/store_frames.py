@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from kvpo_kernels import registry
 from kvpo_kernels.errors import DtypeError, ShapeError
@@ -169,6 +170,16 @@ def store_frames(
         problem = Problem(frames.device.type, frames.dtype)
         chosen = registry.select(OP, BACKENDS, problem, backend).name
         _store(frames, pool, scales, slots, chosen)
+        note_written(pool, scales)
+
+
+def note_written(*tensors: Tensor) -> None:
+    """Tell autograd of writes that it cannot see, so that no backward reads what it did not save.
+
+    Kernels write through addresses. Where the compiler traces, it knows of them from the schema.
+    """
+    if not torch.compiler.is_compiling():
+        increment_version(tensors)
 
 
 torch.library.define(

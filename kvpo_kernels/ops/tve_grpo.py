@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kvpo_kernels import registry
-from kvpo_kernels.errors import DtypeError, KvpoError, ShapeError
+from kvpo_kernels.errors import DtypeError, ShapeError
 from kvpo_kernels.ops.branch_policy_loss import (
     BranchPolicyLoss,
     ContrastiveObjective,
@@ -183,11 +183,12 @@ def _over_group(
 ) -> TveGrpoLoss:
     """The same from its three parts: the G scalars of other ranks come between the two passes."""
     try:
+        scalars_of(objective, safe, nonfinite)
         check_trajectories(pred, target)
         weights = checked_weights(step_weights, pred)
         grad_weights = weights if grad_steps is None else _masked(weights, grad_steps)
         energies = trajectory_velocity_energy(pred.detach(), target, weights, backend=backend)
-    except (KvpoError, TypeError):  # the other ranks wait for this one: tell them
+    except Exception:  # whatever it is, the other ranks wait for this one: tell them
         announce_failure(group, pred.device if isinstance(pred, Tensor) else "cpu")
         raise
     r = branch_policy_loss(
@@ -246,6 +247,8 @@ def _forward_impl(
     drop = options[-2]
     # Here and not in the public function, so that a compiled graph checks as well.
     if not drop and numbers.device.type == "cpu" and not math.isfinite(numbers[0].item()):
+        if not weights.isfinite().all():
+            raise ShapeError(f"step_weights must be finite, got {weights.tolist()}")
         refuse_nonfinite(
             energies=numbers[-len(old_scores) :],
             old_scores=old_scores,

@@ -17,6 +17,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from kvpo_kernels import ContrastiveObjective, branch_policy_loss, tve_grpo_loss
+from kvpo_kernels.errors import KvpoError
 
 SHARES = {2: (3, 1), 3: (1, 4, 2), 4: (2, 1, 3, 1)}
 """Processes -> branches of each, never evenly."""
@@ -68,6 +69,11 @@ def _on_rank(rank: int, world: int, store: str, out: str) -> None:
         b.loss.backward()
 
     messages = []
+    wrong: list[dict[str, Any]] = [  # what only one rank sees
+        {"nonfinite": "ignore" if odd else "raise"},
+        {"objective": "mechanism_1" if odd else ContrastiveObjective()},
+        {"backend": "cudnn" if odd else None},
+    ]
     differ: list[dict[str, Any]] = [
         {"objective": ContrastiveObjective(kl_coef=1.0 + odd)},
         {"safe": not odd},
@@ -76,6 +82,7 @@ def _on_rank(rank: int, world: int, store: str, out: str) -> None:
         {"dtype": torch.float64 if odd else torch.float32},
         {"scores": torch.zeros(0) if odd else None},
         {"scores": torch.full((SHARES[world][rank],), float("nan")) if odd else None},
+        *wrong,
     ]
     for case in differ:
         dtype = case.pop("dtype", torch.float32)
@@ -84,14 +91,16 @@ def _on_rank(rank: int, world: int, store: str, out: str) -> None:
         try:
             branch_policy_loss(x.to(dtype), own[0].to(dtype), own[1].to(dtype), group=group, **case)
             messages.append("no error")
-        except ValueError as e:
+        except KvpoError as e:
             messages.append(str(e))
-    try:  # a rank that fails before the energies must not leave the others waiting
-        bad = target[mine][..., :1] if odd else target[mine]
-        tve_grpo_loss(p.detach(), bad, weights, *own, group=group)
-        messages.append("no error")
-    except ValueError as e:
-        messages.append(str(e))
+    bad = target[mine][..., :1] if odd else target[mine]
+    for case in ({"target": bad}, *wrong):  # before the energies, which are this rank's own
+        at = case.pop("target", target[mine])
+        try:
+            tve_grpo_loss(p.detach(), at, weights, *own, group=group, **case)
+            messages.append("no error")
+        except KvpoError as e:
+            messages.append(str(e))
     torch.save(
         {
             "loss": r.loss.detach(),
@@ -133,9 +142,14 @@ def test_branches_over_ranks(world: int, tmp_path: Path) -> None:
         "differ in dtype",
         None,
         f"scores must be finite, got {[float('nan')] * len(last)} for branches {last}",
-        None,
+        *[None] * 7,
     ]
-    own = {5: "scores must be [G]", 7: "target must be"}  # what the odd rank says itself
+    own = {5: "scores must be [G]", 10: "target must be"}  # what the odd rank says itself
+    for first in (7, 11):
+        own[first] = "nonfinite must be 'raise' or 'drop', got 'ignore'"
+        own[first + 1] = "objective must be a ContrastiveObjective, got str"
+        own[first + 2] = "unknown; the table has"
+    assert all(len(r["messages"]) == len(same) for r in ranks)
     for i, text in enumerate(same):
         messages = [r["messages"][i] for r in ranks]
         if text is not None:
