@@ -159,6 +159,9 @@ def _train(options: argparse.Namespace, config: RunConfig) -> int:
             resumed = session.resume(trainer, out, config, options.strict_resume)
             if not resumed:
                 print("nothing to resume: starting anew")
+            elif trainer.step_index >= config.train.iterations and (out / "report.html").exists():
+                print(f"nothing left to do: all {trainer.step_index} rollouts are done, see {out}")
+                return 0
         elif any((out / "checkpoints").glob("step-*")):
             raise session.RunError(f"{out} holds a run: pass --resume, or another --out")
         if not resumed:
@@ -314,7 +317,8 @@ def _verify(options: argparse.Namespace, config: RunConfig) -> int:
         raise ConfigurationError(
             "--seeds must be at least 2, which have a standard error, and --processes at least 1"
         )
-    config = of_weights(config, load_weights().config)
+    weights = load_weights()
+    config = of_weights(config, weights.config)
     seeds = list(range(config.seed + 1, config.seed + 1 + options.seeds))
     passed_on = ["--config", options.config] if options.config else []
     passed_on += [word for override in options.set for word in ("--set", override)]
@@ -322,7 +326,9 @@ def _verify(options: argparse.Namespace, config: RunConfig) -> int:
     # What ends this process must end the arms.
     before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
-        results = verify.run_all(command, seeds, options.out, config, options.processes)
+        results = verify.run_all(
+            command, seeds, options.out, config, weights.checksum, options.processes
+        )
     finally:
         signal.signal(signal.SIGTERM, before)
     summary = verify.summarise(results, seeds, config)

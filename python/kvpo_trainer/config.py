@@ -37,7 +37,7 @@ class TrainConfig:
 
     iterations: int = 40
     minutes: float = 0.0
-    """Stop after this much training time, if more than 0."""
+    """Stop after this much training time, if more than 0; a run that is resumed has it anew."""
     evaluation_prompts: int = 40
     """Held-out prompts, before and after."""
     evaluation_seed: int = 12345

@@ -17,6 +17,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
+from kvpo_kernels.errors import KvpoError
 from kvpo_trainer.checkpoint import (
     CheckpointError,
     latest_checkpoint,
@@ -97,7 +100,8 @@ def train_loop(
 
     Raises:
         Interrupted: after a signal.
-        RunError: several saves in a row failed, or the last one.
+        RunError: a rollout's numbers are refused, as where the policy has diverged; several saves
+            in a row failed, or the last one.
     """
     (out / "config.yaml").write_text(dump_yaml(config))
     started, done, failures = time.perf_counter(), 0, 0
@@ -108,7 +112,10 @@ def train_loop(
             before = time.perf_counter()
             if before - started + longest > limit:
                 break
-            result = trainer.step()
+            try:
+                result = trainer.step()
+            except KvpoError as error:
+                raise RunError(f"rollout {trainer.step_index + 1}: {error}") from error
             longest = max(longest, time.perf_counter() - before)
             done += 1
             try:
@@ -135,7 +142,8 @@ def resume(trainer: Trainer, out: Path, config: RunConfig, strict: bool) -> bool
     Metrics after that checkpoint are dropped: they will come again.
 
     Raises:
-        RunError: the run has another configuration, but for its length and surroundings.
+        RunError: the run has another configuration, but for its length and surroundings, or began
+            with other weights.
     """
     checkpoint = latest_checkpoint(out / "checkpoints", strict)
     if checkpoint is None:
@@ -150,6 +158,10 @@ def resume(trainer: Trainer, out: Path, config: RunConfig, strict: bool) -> bool
             f"{out} was run with another configuration, go on with --config"
             f" {out / 'config.yaml'}; it has, and is asked for: {'; '.join(changed)}"
         )
+    for name, value in trainer.initial.state_dict().items():
+        began = checkpoint.tensors.get(f"initial/{name}", value)
+        if began.shape == value.shape and not torch.equal(began, value):
+            raise RunError(f"{out} began with other weights: pass the same --weights")
     trainer.restore(checkpoint.tensors, checkpoint.counters)
     path = out / "metrics.jsonl"
     rows = [row for row in read_metrics(path) if row.get("step", 0) <= trainer.step_index]

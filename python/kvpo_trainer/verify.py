@@ -94,6 +94,7 @@ def run_arm(config: RunConfig, arm: str, seed: int, out: Path, noises: int = 2) 
         "arm": arm,
         "seed": seed,
         "config": to_mapping(config),
+        "weights": weights.checksum,
         "scores": scores(result),
         "train_seconds": round(trained, 1),
         "evaluation_seconds": round(time.perf_counter() - started - trained, 1),
@@ -109,6 +110,7 @@ def run_all(
     seeds: Sequence[int],
     folder: Path,
     config: RunConfig,
+    weights: str,
     processes: int = 2,
 ) -> dict[tuple[str, int], dict[str, Any]]:
     """Run every arm that has no result in `folder` yet, so many at a time.
@@ -116,10 +118,11 @@ def run_all(
     Args:
         command: makes the command line of an arm.
         config: what the arms run with.
+        weights: checksum of what they start from.
 
     Raises:
         VerifyError: an arm failed, its output is in the folder; or a result that is there already
-            is unreadable or of another configuration.
+            is unreadable or of another configuration or other weights.
     """
     _check(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,10 +130,15 @@ def run_all(
     waiting = [job for job in jobs if not _result(folder, *job).exists()]
     for job in jobs:
         path = _result(folder, *job)
-        if path.exists() and _read(path)["config"] != _as_json(config):
-            raise VerifyError(
-                f"{path} is of another configuration: remove it, or use another --out"
-            )
+        if not path.exists():
+            continue
+        there = _read(path)
+        for what, same in (
+            ("another configuration", there["config"] == _as_json(config)),
+            ("other weights", there["weights"] == weights),
+        ):
+            if not same:
+                raise VerifyError(f"{path} is of {what}: remove it, or use another --out")
     if len(waiting) < len(jobs):
         print(f"{len(jobs) - len(waiting)} arms have a result in {folder} already", flush=True)
     running: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
@@ -186,10 +194,11 @@ def summarise(
         "seeds": list(seeds),
         "iterations": config.train.iterations,
         "config": to_mapping(config),
+        "weights": results["plus", seeds[0]]["weights"],
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "arms": {
-            f"{arm}-{seed}": {k: v for k, v in result.items() if k != "config"}
+            f"{arm}-{seed}": {k: v for k, v in result.items() if k not in ("config", "weights")}
             for (arm, seed), result in results.items()
         },
     }
@@ -234,7 +243,7 @@ def _read(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_bytes())
     except ValueError as error:
         raise VerifyError(f"{path} is no result of an arm: {error}") from error
-    if not isinstance(record, dict) or not {"config", "scores"} <= set(record):
+    if not isinstance(record, dict) or not {"config", "weights", "scores"} <= set(record):
         raise VerifyError(f"{path} is no result of an arm")
     return record
 

@@ -33,6 +33,8 @@ class Weights:
     reward_model: RewardModel
     judge: Judge
     config: RunConfig
+    checksum: str
+    """Of the two files with tensors."""
 
 
 def save_weights(
@@ -80,7 +82,9 @@ def load_weights(folder: Path = SHIPPED) -> Weights:
         own = {k[len(prefix) :]: v for k, v in read[REWARDS].items() if k.startswith(prefix)}
         fill(module, own, folder / REWARDS)
         module.requires_grad_(False)
-    return Weights(generator, reward_model, judge, config)
+    sums = "".join(str(files[name]["sha256"]) for name in (GENERATOR, REWARDS))
+    checksum = hashlib.sha256(sums.encode()).hexdigest()
+    return Weights(generator, reward_model, judge, config, checksum)
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from kvpo_trainer import checkpoint as checkpoints
 from kvpo_trainer import session
 from kvpo_trainer.checkpoint import latest_checkpoint
 from kvpo_trainer.cli import main
-from kvpo_trainer.weights import load_weights
+from kvpo_trainer.weights import load_weights, save_weights
 from PIL import Image
 
 SMALL = [
@@ -90,6 +91,48 @@ def test_resume_is_bit_identical(tiny_weights: Path, tmp_path: Path) -> None:
         for path in (whole / "metrics.jsonl", parts / "metrics.jsonl")
     ]
     assert rows[0] == rows[1]
+
+
+def test_resume_of_a_finished_run_leaves_it_as_it_is(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(tiny_weights, out, "train.iterations=1") == 0
+    report = (out / "report.html").read_bytes()
+    assert train(tiny_weights, out, "train.iterations=1", more=("--resume",)) == 0
+    assert "nothing left to do: all 1 rollouts are done" in capsys.readouterr().out
+    assert (out / "report.html").read_bytes() == report
+    (out / "report.html").unlink()  # as where the run was killed before it
+    assert train(tiny_weights, out, "train.iterations=1", more=("--resume",)) == 0
+    assert (out / "report.html").exists()
+
+
+def test_resume_from_other_weights_is_refused(
+    tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, other = tmp_path / "run", tmp_path / "weights"
+    assert train(tiny_weights, out, "train.iterations=1") == 0
+    weights = load_weights(tiny_weights)
+    next(weights.generator.parameters()).data += 1e-3
+    parts = (weights.generator, weights.reward_model, weights.judge, weights.config)
+    save_weights(other, *parts)
+    assert load_weights(other).checksum != weights.checksum
+    assert train(other, out, "train.iterations=2", more=("--resume",)) == 2
+    assert "began with other weights: pass the same --weights" in capsys.readouterr().err
+    assert steps(out) == [1]
+
+
+def test_a_policy_that_diverges_is_named_with_its_rollout(
+    tiny_weights: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    options = ("kvpo.learning_rate=1e30", "train.iterations=9")
+    assert train(tiny_weights, out, *options) == 2
+    assert re.search(
+        r"rollout [2-9]: .* must be finite, got .* for branch", capsys.readouterr().err
+    )
 
 
 def test_resume_after_damage(

@@ -18,7 +18,7 @@ from kvpo_trainer.weights import load_weights
 
 def results(values: dict[str, list[float]]) -> dict[tuple[str, int], dict]:
     return {
-        (arm, seed): {"scores": {"reward": [v - 0.1, v + 0.1], "vq": [v, v]}}
+        (arm, seed): {"weights": "w", "scores": {"reward": [v - 0.1, v + 0.1], "vq": [v, v]}}
         for arm, per_seed in values.items()
         for seed, v in enumerate(per_seed)
     }
@@ -81,7 +81,8 @@ def test_an_arm(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 WRITE = """
 import json, sys
 arm, seed, out, config = sys.argv[1:]
-open(out, "w").write(json.dumps({"arm": arm, "config": json.loads(config), "scores": {}}))
+open(out, "w").write(json.dumps({"arm": arm, "config": json.loads(config), "weights": "w",
+    "scores": {}}))
 """
 
 
@@ -92,18 +93,18 @@ def writer(config: RunConfig):
 
 def test_arms_run_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = RunConfig()
-    got = verify.run_all(writer(config), [1, 2], tmp_path, config)
+    got = verify.run_all(writer(config), [1, 2], tmp_path, config, "w")
     assert set(got) == {(arm, seed) for arm in ARMS for seed in (1, 2)}
     assert got["minus", 2]["arm"] == "minus"
     fail = lambda arm, seed, out: [sys.executable, "-c", "raise SystemExit(3)"]
-    assert verify.run_all(fail, [1, 2], tmp_path, config) == got  # all there: nothing is run
+    assert verify.run_all(fail, [1, 2], tmp_path, config, "w") == got  # all there: nothing is run
     assert f"6 arms have a result in {tmp_path} already" in capsys.readouterr().out
 
 
 def test_arms_stop_after_iterations_not_minutes(tmp_path: Path) -> None:
     timed = load_config(None, ["train.minutes=1"])
     with pytest.raises(VerifyError, match=r"train\.minutes must be 0"):
-        verify.run_all(writer(timed), [1], tmp_path, timed)
+        verify.run_all(writer(timed), [1], tmp_path, timed, "w")
     with pytest.raises(VerifyError, match=r"train\.minutes must be 0"):
         verify.run_arm(timed, "plus", 1, tmp_path / "arm.json")
     assert not list(tmp_path.iterdir())
@@ -111,10 +112,12 @@ def test_arms_stop_after_iterations_not_minutes(tmp_path: Path) -> None:
 
 def test_results_of_another_configuration_are_refused(tmp_path: Path) -> None:
     config = RunConfig()
-    verify.run_all(writer(config), [1], tmp_path, config)
+    verify.run_all(writer(config), [1], tmp_path, config, "w")
     other = load_config(None, ["kvpo.learning_rate=1e-5"])
+    with pytest.raises(VerifyError, match=r"plus-1.json is of other weights"):
+        verify.run_all(writer(config), [1], tmp_path, config, "v")
     with pytest.raises(VerifyError, match=r"plus-1.json is of another configuration"):
-        verify.run_all(writer(other), [1], tmp_path, other)
+        verify.run_all(writer(other), [1], tmp_path, other, "w")
 
 
 def test_a_failed_arm_is_an_error(tmp_path: Path) -> None:
@@ -123,7 +126,7 @@ def test_a_failed_arm_is_an_error(tmp_path: Path) -> None:
         [sys.executable, "-c", code, arm] if arm == "minus" else writer(RunConfig())(arm, seed, out)
     )
     with pytest.raises(VerifyError, match=r"arm minus-1 failed, see .*minus-1.log"):
-        verify.run_all(command, [1], tmp_path, RunConfig())
+        verify.run_all(command, [1], tmp_path, RunConfig(), "w")
     assert "why it failed" in (tmp_path / "minus-1.log").read_text()
 
 
