@@ -265,10 +265,10 @@ def test_context_pass_writes_quantized_frames(page: torch.dtype) -> None:
         (pool.v(1), pool.v_scales(1), v),
     ):
         pages, own = quantize_frames(x.reshape(2, 8, 2, 16), page)
-        assert torch.equal(view[slots[0]].float(), pages.float())
+        assert torch.equal(view.float()[slots[0]], pages.float())
         assert torch.equal(scales[slots[0]], own)
     untouched = [s for s in range(12) if s not in (3, 7)]
-    assert not pool.k(1)[untouched].float().any() and (pool.k_scales(1)[untouched] == 1).all()
+    assert not pool.k(1).float()[untouched].any() and (pool.k_scales(1)[untouched] == 1).all()
 
 
 @each_page
@@ -336,8 +336,8 @@ def test_refused_with_a_name(
 def test_backends_without_quantized_pages_say_so() -> None:
     where = {"device": "cuda", "capability": (9, 0), "dtype": torch.bfloat16, "head_size": 128}
     reasons = explain("routed_attention", **where, page_dtype=torch.int8)
-    for name in ("gluon", "flash_attn"):
-        assert "not installed" in reasons[name] or "got torch.int8" in reasons[name]
+    for name, other in (("gluon", "for triton 3.6"), ("flash_attn", "not installed")):
+        assert other in reasons[name] or "got torch.int8" in reasons[name]
     assert reasons["reference"] is None
 
 

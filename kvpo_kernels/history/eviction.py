@@ -15,6 +15,7 @@ from torch import Tensor
 from kvpo_kernels.errors import ConfigError, ShapeError
 from kvpo_kernels.history.route_table import RouteTable
 from kvpo_kernels.ops.store_frames import check_scales
+from kvpo_kernels.reference.routed_attention import widened_frames
 
 
 class Frames(Protocol):
@@ -173,7 +174,7 @@ def frame_attention_mass(
     total = lse[:, :, picked].float()
     mass = []
     for slots in table.slots.unbind(1):
-        keys = _frames(k_pool, k_scales, slots.clamp_min(0).long())
+        keys = widened_frames(k_pool, k_scales, slots.clamp_min(0).long(), torch.float32)
         keys = keys.repeat_interleave(H // keys.shape[2], dim=2)
         logits = torch.einsum("bqhd,bthd->bhqt", some, keys)
         share = (logits.logsumexp(-1) - total).exp().mean((1, 2))
@@ -213,16 +214,11 @@ def text_relevance(
         if not 0 <= slot < k_pool.shape[0]:
             raise ShapeError(f"slots[{i}] = {slot} not in [0, {k_pool.shape[0]})")
     index = torch.tensor(named, dtype=torch.int64, device=k_pool.device)
-    frames = _frames(k_pool, k_scales, index).mean(1)  # the score is linear: means first
+    frames = widened_frames(k_pool, k_scales, index, torch.float32)
+    frames = frames.mean(1)  # the score is linear: means first
     H, D = text_k.shape[1:]
     score: Tensor = torch.einsum("hd,nhd->n", text_k.float().mean(0), frames) / (H * D**0.5)
     return score
-
-
-def _frames(pool: Tensor, scales: Tensor | None, slots: Tensor) -> Tensor:
-    """`[n, T, H, D]` float32."""
-    frames = pool.view(torch.uint8)[slots].view(pool.dtype) if scales is not None else pool[slots]
-    return frames.float() if scales is None else frames.float() * scales[slots][:, None, :, None]
 
 
 def _at_least(name: str, value: int, limit: int) -> None:
