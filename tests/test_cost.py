@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -171,8 +172,11 @@ def test_history_is_the_peak_of_a_pool_that_is_driven_so(branches: int) -> None:
 
 def test_rates_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measured = tmp_path / "h200.json"
-    record = {"case": "F1", "useful_tflops": 600.0, "gemm_tflops": 700.0, "copy_tbps": 4.0}
-    measured.write_text(json.dumps({"records": [record, {**record, "useful_tflops": 500.0}]}))
+    record = {"case": "F1", "driver": "580.1", "useful_tflops": 600.0, "gemm_tflops": 700.0}
+    record["copy_tbps"] = 4.0
+    on_cpu = {**record, "driver": "none", "useful_tflops": 900.0}
+    slower = {**record, "useful_tflops": 500.0}
+    measured.write_text(json.dumps({"records": [record, slower, on_cpu]}))
     command = ["plan", "--json", "--rates", str(measured), "--gemm-tflops", "400"]
     assert main(command) == 0
     result = json.loads(capsys.readouterr().out)
@@ -196,6 +200,8 @@ def test_rates_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("--layers -1", "layers must be at least 1, got -1"),
         ("--copy-tbps 0", "--copy-tbps must be > 0 and finite, got 0.0"),
         ("--rates /dev/null", "not the JSON of"),
+        ("--memory nan", "--memory must be > 0 and finite, got nan"),
+        ("--memory -80", "--memory must be > 0 and finite, got -80.0"),
     ],
 )
 def test_what_cannot_be_planned(
@@ -203,6 +209,31 @@ def test_what_cannot_be_planned(
 ) -> None:
     with pytest.raises(SystemExit):
         main(["plan", *arguments.split(" ")])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "not the JSON of"),
+        ({"records": 5}, "not the JSON of"),
+        ({"records": [7]}, "not the JSON of"),
+        ({"records": [{"case": "F1", "driver": "580.1"}]}, "not the JSON of"),
+        ({"records": [{"case": "F1", "driver": "none"}]}, "no record on a GPU of case F1"),
+        ({"copy_tbps": 0}, "copy_tbps must be > 0 and finite, got 0"),
+        ({"gemm_tflops": math.nan}, "gemm_tflops must be > 0 and finite, got nan"),
+    ],
+)
+def test_rates_that_cannot_be_meant(
+    content: object, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = {"case": "F1", "driver": "1", "useful_tflops": 1, "gemm_tflops": 1, "copy_tbps": 1}
+    if isinstance(content, dict) and "records" not in content:
+        content = {"records": [record | content]}
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        main(["plan", "--rates", str(path)])
     assert message in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ import torch
 
 from kvpo_kernels import (
     FramePool,
+    RouteTable,
     Timeline,
     TopScored,
     Window,
@@ -184,11 +185,13 @@ def test_advance_asks_each_branch_its_own_policy() -> None:
 def test_scores_of_frames_that_cannot_be_meant() -> None:
     pool, video = make()
     add_block(pool, video)
-    q, lse, table = torch.zeros(1, 3, H, D), torch.zeros(1, H, 3), pool.routes([[video.slot(0)]])
+    q, lse, table = torch.zeros(1, 3, H, D), torch.zeros(1, H, 3), RouteTable([[0]], 24)
     text, keys = torch.zeros(2, H, D), pool.k(0)
     pages, scales = quantize_frames(keys, torch.int8)
+    held = pool.routes([[video.slot(0)]])
     for call, match in (
         (lambda: frame_attention_mass(q, keys[1:], table, lse), "a pool of 24 slots, but k_pool"),
+        (lambda: frame_attention_mass(q, keys + 0, held, lse), "k_pool is not of the FramePool"),
         (lambda: frame_attention_mass(q[:, :0], keys, table, lse[..., :0]), "has no queries"),
         (lambda: frame_attention_mass(q[0], keys, table, lse), r"q must be \[B, Q, H, D\]"),
         (lambda: frame_attention_mass(q, pages, table, lse), "k_scales must be given"),

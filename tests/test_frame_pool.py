@@ -8,21 +8,26 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from kvpo_kernels import (
     FramePool,
+    HistoryRouting,
     RopeTable,
     RouteTable,
     Timeline,
     Window,
+    frame_attention_mass,
+    plan_history_routing,
     qk_norm_rope_write,
     routed_attention,
 )
@@ -582,11 +587,159 @@ def test_a_backward_that_advance_takes_the_frames_of_raises() -> None:
     video = filled(pool, 4)
     table = pool.routes([video.window(1, 3)])
     out = attend(pool.k(0), pool.v(0), table)
+    q = torch.ones(1, 1, 1, 1, requires_grad=True)
+    again = checkpoint(
+        lambda q: routed_attention(q, pool.k(0), pool.v(0), table), q, use_reentrant=False
+    )
     _, slots = pool.advance([video], 2, [0], table)
+    with torch.no_grad():  # the context pass
+        routed_attention(q, pool.k(0), pool.v(0), table)
     page = torch.zeros(1, 2, TOKENS, 1, 1)
-    pool.write(0, slots, page, page)
+    for layer in range(LAYERS):
+        pool.write(layer, slots, page, page)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         gradient(out)
+    with pytest.raises(ShapeError, match="no backward can run over it"):
+        again.sum().backward()
+    with pytest.raises(ShapeError, match="no backward can run over it"):
+        attend(pool.k(0), pool.v(0), table)
+    table.update([video.window(1, 1)])  # which names other slots
+    expected = expected_gradient(pool, table)
+    assert torch.equal(gradient(attend(pool.k(0), pool.v(0), table)), expected)
+
+
+def test_frames_of_a_pending_backward_whose_table_was_garbage() -> None:
+    """Garbage of a cycle loses its weak references first; before torch 2.10 a tensor's too, while
+    autograd still has it."""
+    pool = make_pool(4)
+    video = filled(pool, 2)
+
+    def forward() -> torch.Tensor:
+        table = pool.routes([video.window(0, 2)])
+        table.itself = table  # type: ignore[attr-defined]
+        return attend(pool.k(0), pool.v(0), table)
+
+    out = forward()
+    gc.collect()
+    video.release()
+    assert pool.stats().table_slots == 2 and pool.stats().free_slots == 2
+    gradient(out)
+    del out
+    gc.collect()
+    assert pool.stats().free_slots == 4
+
+
+def test_a_release_from_the_garbage_collector_waits_for_the_method_it_interrupts() -> None:
+    pool = make_pool(8)
+    video, other = filled(pool, 2), filled(pool, 2)
+    branch = video.fork(1)[0]
+    copy = pool._pages.copy
+
+    def interrupted(moves: list[tuple[int, int]]) -> None:
+        other.release()  # as an object's __del__ does, at any allocation
+        copy(moves)
+
+    pool._pages.copy = interrupted  # type: ignore[method-assign]
+    slots = pool.prepare_write([branch], 0, 2)
+    assert pool.stats().free_slots == 4
+    video.append(4)
+    taken = [*slots.flatten().tolist(), *video._frames.values()]
+    assert sorted(taken) == list(range(8))
+
+
+def test_a_table_is_for_the_frames_of_its_pool() -> None:
+    pool, other = kernel_pool(torch.float32), kernel_pool(torch.float32)
+    video = pool.timeline()
+    video.append(2)
+    write_random(video, 0, 2, seed=1)
+    table = pool.routes([video.window(0, 2)])
+    q = torch.ones(1, 2, 1, 16)
+    for k_pool, v_pool, name in (
+        (other.k(0), other.v(0), "k_pool"),
+        (pool.k(0).clone(), pool.v(0), "k_pool"),
+        (pool.k(0), pool.v(0) + 0, "v_pool"),
+    ):
+        with pytest.raises(ShapeError, match=f"{name} is not of the FramePool whose `routes`"):
+            routed_attention(q, k_pool, v_pool, table)
+    live = pool.k(1)[:1]  # of another layer, which is written to as well
+    with pytest.raises(ShapeError, match="k_live lies in the memory of k_pool"):
+        routed_attention(q.requires_grad_(), pool.k(0), pool.v(0), table, live, live.clone())
+
+
+def test_a_kernels_write_over_shared_frames_is_noticed() -> None:
+    pool = make_pool()
+    video = filled(pool, 1)
+    slots = pool.prepare_write([video], 0, 1)
+    branch = video.fork(1)[0]
+    with pytest.raises(PoolError, match=r"slots\[branch=0, frame=0\] = 0 is held by 2 timelines"):
+        pool.mark_written(0, slots)
+    branch.release()
+    pool.mark_written(0, slots)
+    video.release()
+    with pytest.raises(PoolError, match="is held by 0 timelines"):
+        pool.mark_written(0, slots)
+
+
+def test_numbers_of_any_integer_type_and_no_others() -> None:
+    pool = make_pool()
+    video = filled(pool, 4)
+    two = torch.tensor(2)
+    table = pool.routes([[np.int64(video.slot(0)), torch.tensor(video.slot(1))]])
+    for number in (1.0, True, "1", torch.tensor(1.5), None):
+        for call in (
+            lambda n: make_pool(n),
+            lambda n: video.append(n),
+            lambda n: video.fork(n),
+            lambda n: pool.advance([video], n, [0], table),
+            lambda n: pool.prepare_write([video], 0, n),
+            lambda n: pool.routes([[n]]),
+            lambda n: video.evict([n]),
+            lambda n: video.window(n, 1),
+        ):
+            with pytest.raises(DtypeError, match="must be an int, got"):
+                call(number)
+    assert pool.stats().timeline_slots == 4 and video.num_frames == 4
+    assert video.slot(two) == video.slot(2)
+    video.evict(Window(1, 1, torch.tensor([1])))
+    assert video.resident_frames == [0, 1, 3]
+    video.evict(torch.tensor([0, 1]))
+    assert video.resident_frames == [0, 1]
+    pool.advance([video], two, np.array([1]), table)
+    assert list(video._frames) == [1, 4, 5]
+
+
+@pytest.fixture
+def other_defaults() -> Iterator[None]:
+    """As a program has them whose models are made on a GPU in bfloat16."""
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("other_defaults")
+def test_the_defaults_of_a_program_are_not_ours() -> None:
+    plan = plan_history_routing(HistoryRouting())
+    for page_dtype in (None, torch.int8):
+        pool = kernel_pool(torch.float32, page_dtype)
+        video = pool.timeline()
+        video.append(6)
+        frames = torch.ones(6 * TOKENS, 1, 16, dtype=torch.float32, device="cpu")
+        for layer in range(LAYERS):
+            video.write(layer, 0, frames, frames)
+        table = pool.routes([video.window(1, 3)])
+        _, slots = pool.advance([video], 1, [0], table)
+        x = frames[None, :TOKENS]
+        weight = torch.ones(16, dtype=torch.float32, device="cpu")
+        scales = {"k_scales": pool.k_scales(0), "v_scales": pool.v_scales(0)}
+        where = {"k_pool": pool.k(0), "v_pool": pool.v(0), "slots": slots, **scales}
+        rope, grid = RopeTable(16), (1, 1, TOKENS)
+        q = qk_norm_rope_write(x, x, x, weight, weight, rope, 6, grid=grid, **where)
+        out, lse = routed_attention(q, pool.k(0), pool.v(0), table, return_lse=True, **scales)
+        mass = frame_attention_mass(q, pool.k(0), table, lse, k_scales=scales["k_scales"])
+        assert out.device.type == mass.device.type == "cpu" and mass.sum().item() > 0.9
+    assert len(plan.selected) == 8
 
 
 def test_a_backward_over_a_plain_table_notices_a_kernels_write() -> None:

@@ -58,12 +58,20 @@ def rates_from(path: Path) -> dict[str, float]:
     """
     try:
         records = json.loads(path.read_text())["records"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        main = [r for r in records if r.get("case") == "F1" and r["driver"] != "none"]
+        names = ("useful_tflops", "gemm_tflops", "copy_tbps")
+        found = [{name: float(record[name]) for name in names} for record in main]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not the JSON of `python -m kvpo_kernels bench`") from error
-    main = [r for r in records if r.get("case") == "F1"]
-    if not main:
-        raise ConfigError(f"{path}: no record of case F1, the main case of routed_attention")
-    best = max(main, key=lambda r: r["useful_tflops"])
+    if not found:
+        raise ConfigError(
+            f"{path}: no record on a GPU of case F1, the main case of routed_attention"
+        )
+    for record in found:
+        for name, rate in record.items():
+            if not 0 < rate < float("inf"):
+                raise ConfigError(f"{path}: {name} must be > 0 and finite, got {rate}")
+    best = max(found, key=lambda r: r["useful_tflops"])
     return {
         "gemm_tflops": 0.7 * best["gemm_tflops"],
         "attention_tflops": best["useful_tflops"],
@@ -193,6 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             whole_video=args.whole_video,
         )
         rates = _rates(args)
+        if args.memory is not None and not 0 < args.memory < float("inf"):
+            raise ConfigError(f"--memory must be > 0 and finite, got {args.memory}")
     except ConfigError as error:
         parser.error(str(error))
     limit = None if args.memory is None else args.memory * 2**30

@@ -234,7 +234,7 @@ def memory(run: Run, way: Way) -> dict[str, float]:
         small = run.frame_bytes / ELEMENT + scales
         frame = run.frame_bytes if run.history == "bfloat16" else small
         history = float((shared + rows * LOCAL) * frame)
-        kept = run.micro_batch
+        kept = min(run.micro_batch, G)
     else:
         # All replay caches until the backward, the cache of the rollout, one layer's clone.
         history = (G + 1) * CACHE * run.frame_bytes + CACHE * run.frame_bytes / s.layers

@@ -12,8 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kvpo_kernels.checks import integer
 from kvpo_kernels.errors import ConfigError, ShapeError
 from kvpo_kernels.history.route_table import RouteTable
+from kvpo_kernels.ops.routed_attention import check_memory
 from kvpo_kernels.ops.store_frames import check_scales
 from kvpo_kernels.reference.routed_attention import widened_frames
 
@@ -59,7 +61,8 @@ class Window:
     def keep(self, timeline: Frames) -> set[int]:
         """As `EvictionPolicy.keep`."""
         end = timeline.committed_frames
-        return {*range(self.sink), *range(max(0, end - self.local), end), *self.candidates}
+        chosen = (integer("a candidate", frame, None) for frame in self.candidates)
+        return {*range(self.sink), *range(max(0, end - self.local), end), *chosen}
 
 
 class TopScored:
@@ -167,9 +170,11 @@ def frame_attention_mass(
         )
     if Q == 0:
         raise ShapeError(f"q {list(q.shape)} has no queries to take the mean of")
+    check_memory(table, "k_pool", k_pool)
     check_scales(k_pool, k_pool, k_scales, k_scales, q.device)
     _at_least("queries", queries, 1)
-    picked = torch.linspace(0, Q - 1, min(queries, Q), device=q.device).round().long()
+    steps = min(queries, Q)
+    picked = torch.linspace(0, Q - 1, steps, dtype=torch.float64, device=q.device).round().long()
     some = q[:, picked].float() * (D**-0.5 if scale is None else scale)
     total = lse[:, :, picked].float()
     mass = []
@@ -211,6 +216,7 @@ def text_relevance(
     check_scales(k_pool, k_pool, k_scales, k_scales, text_k.device)
     named = list(slots)
     for i, slot in enumerate(named):
+        named[i] = slot = integer(f"slots[{i}]", slot, None)
         if not 0 <= slot < k_pool.shape[0]:
             raise ShapeError(f"slots[{i}] = {slot} not in [0, {k_pool.shape[0]})")
     index = torch.tensor(named, dtype=torch.int64, device=k_pool.device)

@@ -9,7 +9,7 @@ their `slots` tensor lives (a pending backward keeps it alive).
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from kvpo_kernels.checks import integer
 from kvpo_kernels.errors import DtypeError, PoolError, ShapeError
 from kvpo_kernels.history.eviction import EvictionPolicy
 from kvpo_kernels.history.pages import Pages
@@ -66,7 +67,9 @@ class FramePool:
     References, not autograd's version counters, keep what a pending backward reads: a write to one
     slot must not end a backward that reads others. So `k`, `v` and the scales are views with
     version counters of their own, new ones in each call. Keep none of them: a kernel's write to one
-    (`qk_norm_rope_write`) does count for what was saved of that same view.
+    (`qk_norm_rope_write`) does count for what was saved of that same view. And go back through
+    frames only by `routed_attention` over a table of `routes`: nothing else holds them; clone what
+    another operation is to save.
     """
 
     def __init__(
@@ -83,23 +86,12 @@ class FramePool:
     ) -> None:
         if page_dtype is not None and page_dtype not in PAGE_DTYPES:
             raise DtypeError(f"page_dtype must be None or of {list(PAGE_DTYPES)}, got {page_dtype}")
-        sizes = {
-            "num_slots": num_slots,
-            "frame_tokens": frame_tokens,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "head_dim": head_dim,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ShapeError(f"{name} must be at least 1, got {size}")
-        if host_slots < 0:
-            raise ShapeError(f"host_slots must be at least 0, got {host_slots}")
-        self.num_slots = num_slots
-        self.frame_tokens = frame_tokens
-        self.num_layers = num_layers
-        self.num_heads = num_heads
-        self.head_dim = head_dim
+        self.num_slots = num_slots = integer("num_slots", num_slots, 1)
+        self.frame_tokens = frame_tokens = integer("frame_tokens", frame_tokens, 1)
+        self.num_layers = num_layers = integer("num_layers", num_layers, 1)
+        self.num_heads = num_heads = integer("num_heads", num_heads, 1)
+        self.head_dim = head_dim = integer("head_dim", head_dim, 1)
+        host_slots = integer("host_slots", host_slots)
         self.dtype = dtype
         """Of the frames that are written."""
         page, elements = (frame_tokens, num_heads, head_dim), page_dtype or dtype
@@ -122,7 +114,7 @@ class FramePool:
         # Finalizers run at any allocation, on any thread, possibly while this thread is inside a
         # method: they only append here, and every method settles the queue first.
         self._dropped_timelines: deque[dict[int, int]] = deque()
-        self._dropped_tables: deque[set[int]] = deque()
+        self._dropped_tables: deque[tuple[set[int], Callable[[], bool]]] = deque()
 
     @property
     def device(self) -> torch.device:
@@ -155,6 +147,11 @@ class FramePool:
     ) -> RouteTable:
         """A table over this pool that keeps its frames alive and unchanged while it lives.
 
+        A backward over it may run at any later time, whatever is written, with one exception: a
+        table that `advance` has handed slots of, or that `update` has changed, serves no backward
+        of a forward before; under activation checkpointing, whose backward runs the forward again,
+        `update` goes unnoticed.
+
         Args:
             slot_lists: per row the slots, as `Timeline.window` and `Timeline.routed` give them; or
                 as `RouteTable` takes them.
@@ -169,10 +166,11 @@ class FramePool:
     def prepare_write(
         self, timelines: Sequence["Timeline"], first_frame: int, num_frames: int
     ) -> Tensor:
-        """Slots of the next frames to write, each private to its timeline from here on.
+        """Slots of the next frames to write, each private to its timeline for now.
 
         A slot that anything else refers to is replaced by a fresh one that carries the frame's
-        other layers along (copy-on-write). Once per block, for all layers.
+        other layers along (copy-on-write). Once per block, for all layers. A later `fork` or
+        `routes` shares the slots again, and `write` then refuses them.
 
         Args:
             timelines: B timelines; their frames `first_frame .. first_frame + num_frames - 1` must
@@ -185,9 +183,8 @@ class FramePool:
             ShapeError: a frame that was not appended or was evicted, or a timeline named twice.
             PoolError: not enough free slots. Nothing has changed then, nor where a copy fails.
         """
-        if num_frames < 0:
-            raise ShapeError(f"num_frames must be at least 0, got {num_frames}")
-        frames = range(first_frame, first_frame + num_frames)
+        first_frame = integer("first_frame", first_frame, None)
+        frames = range(first_frame, first_frame + integer("num_frames", num_frames))
         with self._lock:
             self._settle()
             self._check_rows(timelines)
@@ -226,7 +223,7 @@ class FramePool:
                 self._written[new] = self._written[old]
                 self._copied_slots += self._written[old] != 0
                 timeline._frames[frame] = new
-        return torch.tensor(result, dtype=torch.int64).reshape(len(timelines), num_frames)
+        return _on_host(result, len(frames))
 
     def advance(
         self,
@@ -259,8 +256,7 @@ class FramePool:
                 one policy per timeline.
             PoolError: not enough slots leave or are free. Nothing has changed then.
         """
-        if num_frames < 0:
-            raise ShapeError(f"num_frames must be at least 0, got {num_frames}")
+        num_frames = integer("num_frames", num_frames)
         self._check_rows(timelines)
         for b, timeline in enumerate(timelines):
             if timeline.num_frames != timelines[0].num_frames:
@@ -294,8 +290,9 @@ class FramePool:
             for timeline, frames in zip(timelines, gone, strict=True):
                 timeline._lose(frames)
             handed = leaving[: max(0, needed - freed)]  # before free slots: these come back anyway
-            if handed:
-                increment_version(table.slots)  # a backward that saved them may not run now
+            if handed:  # no backward may read them from now on, nor one that saved them before
+                table.spent = True
+                increment_version(table.slots)
             table.held.difference_update(handed)
             self._drop_table(handed)
             first = timelines[0].num_frames if timelines else 0
@@ -305,7 +302,7 @@ class FramePool:
                 timeline._frames.update(own)
                 timeline._num_frames += num_frames
                 slots.append(list(own.values()))
-        return first, torch.tensor(slots, dtype=torch.int64).reshape(len(timelines), num_frames)
+        return first, _on_host(slots, num_frames)
 
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Write one layer of the frames that `prepare_write` or `advance` named.
@@ -350,10 +347,14 @@ class FramePool:
 
         Raises:
             ShapeError: a slot outside the pool; nothing is recorded then.
+            PoolError: a slot that has come to be shared since: the kernel has written over a frame
+                of others.
         """
         self._check_layer(layer)
         check_slots(slots, list(slots.shape), self.num_slots)
-        self._mark(layer, slots.reshape(1, -1).tolist())
+        rows = slots.reshape(1, -1).tolist() if slots.ndim < 2 else slots.tolist()
+        self._check_private(rows)
+        self._mark(layer, rows)
 
     def _mark(self, layer: int, rows: Rows) -> None:
         with self._lock:
@@ -468,8 +469,14 @@ class FramePool:
     def _settle(self) -> None:
         while self._dropped_timelines:
             self._forget(self._dropped_timelines.popleft())
+        waiting = []
         while self._dropped_tables:
-            self._drop_table(self._dropped_tables.popleft())
+            held, is_gone = self._dropped_tables.popleft()
+            if is_gone():
+                self._drop_table(held)
+            else:
+                waiting.append((held, is_gone))
+        self._dropped_tables.extend(waiting)
 
     def _forget(self, frames: dict[int, int]) -> None:
         del self._counted[id(frames)]
@@ -492,19 +499,21 @@ def _kept(
 ) -> list[set[int]]:
     """Per timeline the frames to keep."""
     if not isinstance(keep, Iterable):
-        return [set(keep.keep(timeline)) for timeline in timelines]
+        return [_indices(keep.keep(timeline)) for timeline in timelines]
     named: list[Any] = list(keep)
     if not any(hasattr(item, "keep") for item in named):
-        return [set(named)] * len(timelines)
+        return [_indices(named)] * len(timelines)
     if len(named) != len(timelines):
         raise ShapeError(f"keep has {len(named)} policies for {len(timelines)} timelines")
-    return [set(policy.keep(timeline)) for policy, timeline in zip(named, timelines, strict=True)]
+    return [_indices(p.keep(timeline)) for p, timeline in zip(named, timelines, strict=True)]
 
 
-def _check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if count < 0:
-            raise ShapeError(f"{name} must be at least 0, got {count}")
+def _indices(frames: Iterable[int]) -> set[int]:
+    return {integer("a frame to keep", frame, None) for frame in frames}
+
+
+def _on_host(rows: Rows, columns: int) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(len(rows), columns)
 
 
 class _HoldingTable(RouteTable):
@@ -517,9 +526,13 @@ class _HoldingTable(RouteTable):
         allow_duplicates: bool,
     ) -> None:
         self.pool = pool
+        self.memory = pool._pages.memory
         self.held: set[int] = set()
         super().__init__(slot_lists, pool.num_slots, pool.device, allow_duplicates)
-        finalizer = weakref.finalize(self.slots, pool._dropped_tables.append, self.held)
+        # Before torch 2.10 the finalizer runs when only Python has lost the tensor, which autograd
+        # may still hold: the pool asks the other reference.
+        entry = (self.held, torch._C._WeakTensorRef(self.slots).expired)  # type: ignore[attr-defined]
+        finalizer = weakref.finalize(self.slots, pool._dropped_tables.append, entry)
         finalizer.atexit = False
 
     def _hold(self, rows: Rows) -> None:
@@ -581,8 +594,7 @@ class Timeline:
         Raises:
             PoolError: not enough free slots; nothing has changed then.
         """
-        if num_frames < 0:
-            raise ShapeError(f"num_frames must be at least 0, got {num_frames}")
+        num_frames = integer("num_frames", num_frames)
         pool = self._pool
         with pool._lock:
             self._check_of(pool, "timeline")
@@ -631,8 +643,7 @@ class Timeline:
         `fork(1)` is a snapshot: a handle on the frames as they are now, which no later write to
         this timeline changes.
         """
-        if num_branches < 0:
-            raise ShapeError(f"num_branches must be at least 0, got {num_branches}")
+        num_branches = integer("num_branches", num_branches)
         pool = self._pool
         with pool._lock:
             self._check_of(pool, "timeline")
@@ -664,7 +675,7 @@ class Timeline:
         Raises:
             ShapeError: a frame of the window has been evicted, or a negative number.
         """
-        _check_counts(sink=sink, local=local)
+        sink, local = integer("sink", sink), integer("local", local)
         end = self.committed_frames
         frames = [*range(min(sink, end)), *range(max(sink, end - local), end)]
         return [self.slot(frame) for frame in frames]
@@ -680,7 +691,7 @@ class Timeline:
         Raises:
             ShapeError: a frame that is not resident, or a negative number.
         """
-        _check_counts(sink=sink, nearest=nearest)
+        sink, nearest = integer("sink", sink), integer("nearest", nearest)
         end = self.committed_frames
         frames = [*range(min(sink, end)), *selected, *range(max(0, end - nearest), end)]
         return [self.slot(frame) for frame in frames]
@@ -689,7 +700,7 @@ class Timeline:
         """Drop every frame but those of `keep`: absolute indices, of which absent ones are ignored,
         or a policy that names them (`Window`, `TopScored`)."""
         pool = self._pool
-        wanted = set(keep if isinstance(keep, Iterable) else keep.keep(self))
+        wanted = _indices(keep if isinstance(keep, Iterable) else keep.keep(self))
         with pool._lock:
             self._check_of(pool, "timeline")
             self._lose([frame for frame in self._frames if frame not in wanted])
@@ -742,7 +753,9 @@ class Timeline:
         """Drop all frames. The timeline cannot be used afterwards; a second call does nothing."""
         with self._pool._lock:
             if self._finalizer.detach() is not None:
-                self._pool._forget(self._frames)
+                # Settled later: a garbage collector may call this from inside another method.
+                frames, self._frames = self._frames, {}
+                self._pool._dropped_timelines.append(frames)
 
     def _lose(self, frames: Iterable[int]) -> None:
         self._commit()
@@ -763,7 +776,7 @@ class Timeline:
         return slot
 
     def _slots_of(self, frames: Iterable[int]) -> dict[int, int]:
-        return {frame: self._anywhere(frame) for frame in frames}
+        return {frame: self._anywhere(integer("frame", frame, None)) for frame in frames}
 
     def _anywhere(self, frame: int) -> int:
         slot = self._frames.get(frame)

@@ -39,10 +39,16 @@ class Pages:
         target = torch.device(device)
         self.storage = torch.zeros(2, num_layers, num_slots, *page, dtype=dtype, device=target)
         """`[2, layers, F, T, H, D]`: keys, then values."""
+        self.memory: tuple[int, int] | None = None
+        """Addresses of the first byte of `storage` and past its last; None where it has none."""
+        if type(self.storage) is Tensor and target.type != "meta":
+            first = self.storage.data_ptr()
+            self.memory = (first, first + self.storage.nbytes)
         self.scales: Tensor | None = None
         """`[2, layers, F, H]` float32."""
         if scaled:
-            self.scales = torch.ones(2, num_layers, num_slots, page[1], device=target)
+            sizes = (2, num_layers, num_slots, page[1])
+            self.scales = torch.ones(*sizes, dtype=torch.float32, device=target)
         host = "cpu" if target.type == "cuda" else target  # meta stays meta
         self.host = [
             torch.zeros(

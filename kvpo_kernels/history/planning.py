@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
+from kvpo_kernels.checks import integer
 from kvpo_kernels.errors import ConfigError
 
 Variant = Literal["longlive", "memflow"]
@@ -74,8 +75,7 @@ class HistoryRouting:
             self._at_least("nearest_frames", self.block_frames)
 
     def _at_least(self, name: str, limit: int) -> None:
-        if getattr(self, name) < limit:
-            raise ConfigError(f"{name} must be at least {limit}, got {getattr(self, name)}")
+        object.__setattr__(self, name, integer(name, getattr(self, name), limit, ConfigError))
 
     @property
     def routed_frames(self) -> int:
@@ -158,7 +158,8 @@ def plan_history_routing(
         )
     base = seed + 97 * sample + seed_context
     draw = torch.Generator().manual_seed(base)
-    start = starts[int(torch.randint(0, len(starts), (1,), generator=draw).item())]
+    at = torch.randint(0, len(starts), (1,), generator=draw, device="cpu")
+    start = starts[int(at.item())]
     if start_frame is not None:
         if start_frame not in starts:
             raise ConfigError(f"start_frame = {start_frame} is not one of the eligible {starts}")
@@ -199,16 +200,20 @@ def _candidates(routing: HistoryRouting, start: int) -> list[int]:
     return list(range(max(routing.sink_frames, oldest), start - routing.nearest_frames))
 
 
+def _permutation(pool: int, draw: torch.Generator) -> list[int]:
+    return torch.randperm(pool, generator=draw, device="cpu").tolist()
+
+
 def _official(pool: int, n: int, branches: int, seed: int) -> list[list[int]]:
     """Windows of one permutation, each shifted by pool // branches against the last."""
-    order = torch.randperm(pool, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = _permutation(pool, torch.Generator().manual_seed(seed))
     shift = max(1, pool // branches)
     return [[order[(g * shift + i) % pool] for i in range(n)] for g in range(branches)]
 
 
 def _independent(pool: int, n: int, branches: int, seed: int) -> list[list[int]]:
     draw = torch.Generator().manual_seed(seed)
-    return [torch.randperm(pool, generator=draw).tolist()[:n] for _ in range(branches)]
+    return [_permutation(pool, draw)[:n] for _ in range(branches)]
 
 
 def _balanced(pool: int, n: int, branches: int, seed: int) -> list[list[int]]:
@@ -217,7 +222,7 @@ def _balanced(pool: int, n: int, branches: int, seed: int) -> list[list[int]]:
     Among equally used candidates, the one least often together with those already picked: that
     keeps the largest overlap of two branches small too.
     """
-    order = torch.randperm(pool, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = _permutation(pool, torch.Generator().manual_seed(seed))
     uses = [0] * pool
     together = [[0] * pool for _ in range(pool)]
     plan = []

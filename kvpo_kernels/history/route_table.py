@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from kvpo_kernels.checks import integer
 from kvpo_kernels.errors import DtypeError, ShapeError
 
 Rows = list[list[int]]
@@ -34,6 +35,9 @@ class RouteTable:
         DtypeError: slots that are not integers, or a tensor on another device.
     """
 
+    memory: tuple[int, int] | None = None
+    """Of a table made by a `FramePool`: where all its frames lie."""
+
     @torch.inference_mode(False)  # a table outlives the mode in which it may be made
     def __init__(
         self,
@@ -56,6 +60,8 @@ class RouteTable:
         )
         self.slots = self._padded(rows).to(target, non_blocking=True)
         self._hold(rows)
+        self.spent = False
+        """Whether `FramePool.advance` has handed slots of it to new frames."""
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +70,9 @@ class RouteTable:
 
     def update(self, slot_lists: Iterable[Iterable[int]] | Tensor) -> None:
         """Replace the routes in place, as a captured CUDA graph needs it: all rows or none.
+
+        A pending backward over the former routes raises; one that runs its forward again
+        (activation checkpointing) cannot know, and takes the new ones.
 
         Raises:
             ShapeError: as the constructor, or a different number of rows, or a row longer than
@@ -81,6 +90,7 @@ class RouteTable:
         padded = self._padded(rows)
         self._hold(rows)
         self.slots.copy_(padded, non_blocking=True)
+        self.spent = False
 
     def _hold(self, rows: Rows) -> None:
         """Called with the slots that `slots` is about to name, before it is used; may refuse."""
@@ -102,10 +112,8 @@ class RouteTable:
             rows = [list(row) for row in slot_lists]
         for b, row in enumerate(rows):
             for i, slot in enumerate(row):
-                if isinstance(slot, bool) or not isinstance(slot, int):
-                    raise DtypeError(
-                        f"route[branch={b}, slot={i}] must be an int, got {type(slot).__name__}"
-                    )
+                if type(slot) is not int:
+                    row[i] = slot = integer(f"route[branch={b}, slot={i}]", slot, None)
                 if not 0 <= slot < self.num_slots:
                     raise ShapeError(
                         f"route[branch={b}, slot={i}] = {slot} not in [0, {self.num_slots})"
@@ -144,8 +152,6 @@ class RouteTable:
         return rows
 
     def _padded(self, rows: Rows) -> Tensor:
-        padded = torch.full((self.num_rows, self.capacity), -1, dtype=torch.int32)
-        for b, row in enumerate(rows):
-            if row:
-                padded[b, : len(row)] = torch.tensor(row, dtype=torch.int32)
-        return padded
+        full = [row + [-1] * (self.capacity - len(row)) for row in rows]
+        shape = (self.num_rows, self.capacity)
+        return torch.tensor(full, dtype=torch.int32, device="cpu").reshape(shape)

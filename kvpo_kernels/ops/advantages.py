@@ -72,7 +72,10 @@ def anchor_advantages(
         group = torch.cat([r[c], anchor[c : c + 1]])
         deviation = _finite_variance(group, correction=1).sqrt()
         advantage += weights[c] * (r[c] - anchor[c]) / (deviation + STD_EPSILON)
-    return torch.where(advantage.isfinite(), advantage, torch.nan).to(rewards.dtype)
+    result = torch.where(advantage.isfinite(), advantage, torch.nan).to(rewards.dtype)
+    if nonfinite == "raise":
+        _refuse_nonfinite("advantage", result)  # of finite rewards, but out of the dtype's range
+    return result
 
 
 def fuse_advantages(

@@ -111,6 +111,8 @@ def scalars_of(objective: ContrastiveObjective, safe: bool, nonfinite: str) -> S
         raise ConfigError(
             f"objective must be a ContrastiveObjective, got {type(objective).__name__}"
         )
+    if not isinstance(safe, bool):  # "False" is true, and a tensor would wait for its device
+        raise ConfigError(f"safe must be a bool, got {safe!r}")
     if nonfinite not in ("raise", "drop"):
         raise ConfigError(f"nonfinite must be 'raise' or 'drop', got {nonfinite!r}")
     unsafe_scale = 0.0 if objective.protect == "mechanism_1" else 0.5
@@ -274,8 +276,9 @@ def branch_policy_loss(
         objective: clip range, KL weight, protection.
         safe: whether some branch beats the anchor, locally or globally.
         group: process group over which the branches are spread, unevenly if need be; they
-            concatenate in rank order. The G scalars are gathered, the backward is local; `loss` and
-            `statistics` are global, `branches` are the rank's own. Not traceable.
+            concatenate in rank order. The G scalars are gathered, the backward is local; the loss
+            and the scalar statistics are global, what is per branch is the rank's own. Not
+            traceable.
         nonfinite: "raise" refuses NaN and infinite inputs: on the CPU by a ShapeError naming
             argument and branches (also from inside a compiled graph); on a GPU, where looking would
             wait, the loss and the gradient become NaN for all branches and `check()` raises.
@@ -305,7 +308,8 @@ def _result(
 ) -> BranchPolicyLoss:
     G = scores.shape[0]
     needs_grad = scores.requires_grad and torch.is_grad_enabled()
-    source = (scores, numbers[7 : 7 + G]) if needs_grad else None
+    # A copy: the first backward makes it the gradient of the caller's tensor, who may change that.
+    source = (scores, numbers[7 : 7 + G].clone()) if needs_grad else None
     return BranchPolicyLoss(numbers, G, scale, "old" if ref_scores is None else "given", source)
 
 
@@ -398,15 +402,25 @@ _AGREED = (
 )
 
 
-def announce_failure(group: dist.ProcessGroup, device: torch.device | str) -> None:
+def announce_failure(group: dist.ProcessGroup) -> None:
     """Take part in the first collective of a group's loss, only to say that this rank cannot."""
-    _all_gather_header([1.0] + [0.0] * (1 + len(_AGREED)), group, device)
+    _all_gather_header([1.0] + [0.0] * (1 + len(_AGREED)), group)
 
 
-def _all_gather_header(
-    header: list[float], group: dist.ProcessGroup, device: torch.device | str
-) -> list[list[float]]:
-    own = torch.tensor(header, dtype=torch.float64, device=device)
+def check_member(group: dist.ProcessGroup) -> None:
+    """Raise ShapeError on a process that is not of the group: nobody waits for it."""
+    if dist.get_rank(group) < 0:
+        raise ShapeError("this process is not a rank of `group`")
+
+
+def _meeting_place(group: dist.ProcessGroup) -> torch.device:
+    """Where the ranks exchange scalars: the same kind of device on each, whatever its tensors."""
+    kinds = {device.type for device in group._device_types}
+    return torch.device("cpu" if "cpu" in kinds or not kinds else kinds.pop())
+
+
+def _all_gather_header(header: list[float], group: dist.ProcessGroup) -> list[list[float]]:
+    own = torch.tensor(header, dtype=torch.float64, device=_meeting_place(group))
     headers = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(headers, own, group=group)
     return [h.tolist() for h in headers]
@@ -424,14 +438,17 @@ def _over_group(
     backend: str | None,
 ) -> BranchPolicyLoss:
     """Gather the branches of all ranks, evaluate them alike on each, keep the own ones."""
+    check_member(group)
     try:
         scalars = scalars_of(objective, safe, nonfinite)
         old_scores, advantages, ref_scores = _checked(scores, old_scores, advantages, ref_scores)
+        if scores.is_meta:
+            raise DtypeError("scores are on meta, where there is nothing to gather")
         chosen = registry.select(OP, BACKENDS, Problem(scores.device.type), backend).name
     except Exception:  # whatever it is, the other ranks wait for this one: tell them
-        announce_failure(group, scores.device if isinstance(scores, Tensor) else "cpu")
+        announce_failure(group)
         raise
-    device, count = scores.device, scores.shape[0]
+    device, count = _meeting_place(group), scores.shape[0]
     agreed = [
         float(scores.dtype is torch.float64),
         float(ref_scores is not None),
@@ -439,7 +456,7 @@ def _over_group(
         float(objective.protect == "mechanism_2"),
         float(safe),
     ]
-    rows = _all_gather_header([0.0, count, *agreed], group, device)
+    rows = _all_gather_header([0.0, count, *agreed], group)
     failed = [r for r, row in enumerate(rows) if row[0]]
     if failed:
         raise ShapeError(f"branch_policy_loss: ranks {failed} of the group have bad arguments")
@@ -451,11 +468,11 @@ def _over_group(
     counts = [int(row[1]) for row in rows]
     inputs = [scores, old_scores, advantages] + ([] if ref_scores is None else [ref_scores])
     payload = torch.zeros(len(inputs), max(counts), dtype=torch.float64, device=device)
-    payload[:, :count] = torch.stack([x.detach().double() for x in inputs])
+    payload[:, :count] = torch.stack([x.detach().double() for x in inputs]).to(device)
     parts = [torch.empty_like(payload) for _ in counts]
     dist.all_gather(parts, payload, group=group)
     gathered = torch.cat([p[:, :n] for p, n in zip(parts, counts, strict=True)], dim=1)
-    everyone = gathered.to(scores.dtype).unbind()
+    everyone = gathered.to(scores.device, scores.dtype).unbind()
     ref = everyone[3] if ref_scores is not None else None
     numbers = _forward(*everyone[:3], ref, *scalars, chosen)
     first, G = sum(counts[: dist.get_rank(group)]), sum(counts)

@@ -105,6 +105,8 @@ class RopeTable:
             ShapeError: a frame, row or column outside the table, named with its limit.
         """
         key = (first_frame, *grid, wide)
+        if _under_fake_mode():
+            return self._make(first_frame, grid, wide)
         if key not in self._grids:
             self._check(first_frame, grid)
             made = self._make(first_frame, grid, wide)
@@ -131,6 +133,8 @@ class RopeTable:
 
     def _check(self, first_frame: int, grid: tuple[int, int, int]) -> None:
         frames, height, width = grid
+        if any(isinstance(n, float) for n in (first_frame, *grid)):
+            raise DtypeError(f"first_frame and grid must be ints, got {first_frame} and {grid}")
         if min(grid) < 1:
             raise ShapeError(f"grid must be at least (1, 1, 1), got {grid}")
         if first_frame < 0:
@@ -151,14 +155,22 @@ class RopeTable:
         axes = []
         for axis, (n, start) in enumerate(zip(grid, (first_frame, 0, 0), strict=True)):
             pairs = self._pairs[axis]
-            frequency = self.theta ** (-torch.arange(pairs, dtype=torch.float64) / max(pairs, 1))
-            angle = torch.arange(start, start + n, dtype=torch.float64)[:, None] * frequency
+            index = torch.arange(pairs, dtype=torch.float64, device="cpu")
+            position = torch.arange(start, start + n, dtype=torch.float64, device="cpu")
+            angle = position[:, None] * self.theta ** (-index / max(pairs, 1))
             shape = [1, 1, 1, pairs]
             shape[axis] = n
             axes.append(angle.view(shape).expand(*grid, pairs))
         angles = torch.cat(axes, dim=-1).reshape(-1, self.head_dim // 2)
         dtype = torch.float64 if wide else torch.float32
         return tuple(f().to(dtype).to(self._device) for f in (angles.cos, angles.sin))  # type: ignore[return-value]
+
+
+def _under_fake_mode() -> bool:
+    """Real angles would not fit the other tensors, and fake ones would fit none later."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def qk_norm_rope(

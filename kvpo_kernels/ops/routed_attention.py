@@ -185,7 +185,8 @@ def routed_attention(
 
     Raises:
         ShapeError: a rank, shape or stride does not fit, the table was made for another pool or
-            batch, the pool requires grad, or live tokens that need a gradient lie in the pool.
+            batch, the pool requires grad, or live tokens that need a gradient lie in the pool's
+            memory; where a gradient is needed, a table whose slots `FramePool.advance` handed on.
         DtypeError: a dtype or device differs from that of `q`, or is not supported.
         ConfigError: `scale` is not finite.
         BackendUnavailable: no backend, or not the named one, can run the call; says why for each.
@@ -210,7 +211,12 @@ def routed_attention(
     problem = _problem(q, k_pool, v_pool, k_live, v_live, needs_grad)
     chosen = registry.select(OP, BACKENDS, problem, backend).name
     if needs_grad:
-        _check_not_in_pool(k_pool, v_pool, k_live, v_live)
+        if table.spent:
+            raise ShapeError(
+                "table: `FramePool.advance` has given its frames' slots to new ones, so no backward"
+                " can run over it; call this under torch.no_grad()"
+            )
+        _check_not_in_pool(k_pool, v_pool, k_live, v_live, table.memory)
         out, lse = _RoutedAttention.apply(  # type: ignore[no-untyped-call]
             q, k_pool, v_pool, table.slots, k_live, v_live, k_scales, v_scales, scale, chosen
         )
@@ -306,18 +312,47 @@ def _check(
         )
     if table.slots.device != q.device:
         raise DtypeError(f"table is on {table.slots.device}, but q is on {q.device}")
+    for name, t in others[:2]:
+        check_memory(table, name, t)
 
 
-def _check_not_in_pool(k_pool: Tensor, v_pool: Tensor, k_live: Tensor, v_live: Tensor) -> None:
+def check_memory(table: RouteTable, name: str, pool: Tensor) -> None:
+    """Check that a table of a `FramePool` is used over its frames: it holds no others."""
+    if table.memory is None or _has_no_memory(pool):
+        return
+    first, end = table.memory
+    if not first <= pool.data_ptr() < end:
+        raise ShapeError(
+            f"{name} is not of the FramePool whose `routes` made the table; for other frames make a"
+            " RouteTable"
+        )
+
+
+def _has_no_memory(tensor: Tensor) -> bool:
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.device.type == "meta"
+        or tensor.numel() == 0
+    )
+
+
+def _check_not_in_pool(
+    k_pool: Tensor,
+    v_pool: Tensor,
+    k_live: Tensor,
+    v_live: Tensor,
+    memory: tuple[int, int] | None,
+) -> None:
     """The backward pass reads the live tokens again; the pool may be rewritten before that."""
-    unreal = torch.compiler.is_compiling() or type(k_live) not in (Tensor, torch.nn.Parameter)
-    if unreal:
-        return  # no memory to look at
     for live_name, live in (("k_live", k_live), ("v_live", v_live)):
+        if _has_no_memory(live):
+            continue
+        live_first, live_end = _memory_range(live)
         for pool_name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
-            if live.numel() == 0 or pool.numel() == 0 or live.device.type == "meta":
+            if _has_no_memory(pool):
                 continue
-            (live_first, live_end), (first, end) = _memory_range(live), _memory_range(pool)
+            first, end = memory or _memory_range(pool)  # of a FramePool the other layers as well
             if live_first < end and first < live_end:
                 raise ShapeError(f"{live_name} lies in the memory of {pool_name}: clone it")
 

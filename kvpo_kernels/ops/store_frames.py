@@ -83,7 +83,7 @@ def quantize_frames(
     pages = frames.new_empty(frames.shape, dtype=dtype)
     scales = frames.new_empty(*frames.shape[:-3], frames.shape[-2], dtype=torch.float32)
     flat = pages.view(-1, *frames.shape[-3:])
-    slots = torch.arange(len(flat))
+    slots = torch.arange(len(flat), device="cpu")
     store_frames(
         flat, scales.view(-1, frames.shape[-2]), slots, frames.reshape(flat.shape), backend
     )

@@ -17,6 +17,7 @@ from kvpo_kernels.ops.branch_policy_loss import (
     Nonfinite,
     announce_failure,
     branch_policy_loss,
+    check_member,
     check_scalars,
     refuse_nonfinite,
     scalars_of,
@@ -182,6 +183,7 @@ def _over_group(
     backend: str | None,
 ) -> TveGrpoLoss:
     """The same from its three parts: the G scalars of other ranks come between the two passes."""
+    check_member(group)
     try:
         scalars_of(objective, safe, nonfinite)
         check_trajectories(pred, target)
@@ -189,7 +191,7 @@ def _over_group(
         grad_weights = weights if grad_steps is None else _masked(weights, grad_steps)
         energies = trajectory_velocity_energy(pred.detach(), target, weights, backend=backend)
     except Exception:  # whatever it is, the other ranks wait for this one: tell them
-        announce_failure(group, pred.device if isinstance(pred, Tensor) else "cpu")
+        announce_failure(group)
         raise
     r = branch_policy_loss(
         -energies,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvpo_kernels import registry
+from kvpo_kernels.checks import integer
 from kvpo_kernels.errors import ConfigError, DtypeError, ShapeError
 from kvpo_kernels.registry import Backend
 
@@ -129,6 +130,7 @@ class TrajectoryEnergies:
     ragged windows weigh right. Kept in float64; `energies` is `[G]` in `dtype`.
     """
 
+    @torch.inference_mode(False)  # it outlives the mode in which it may be made
     def __init__(
         self,
         num_branches: int,
@@ -136,8 +138,7 @@ class TrajectoryEnergies:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        if num_branches < 1:
-            raise ShapeError(f"num_branches must be >= 1, got {num_branches}")
+        num_branches = integer("num_branches", num_branches, 1)
         if dtype not in (torch.float32, torch.float64):
             raise DtypeError(f"dtype must be float32 or float64, got {dtype}")
         self.num_branches = num_branches
@@ -216,7 +217,8 @@ def velocity_step_weights(
         float64, shape and device of `sigmas`.
 
     Raises:
-        ShapeError: a sigma is not positive and finite; names the steps.
+        ShapeError: a sigma, or the weight that it would give, is not positive and finite; names
+            the steps.
         ConfigError: an unknown space, a bad floor or temperature.
 
     Source: KVPO (arXiv:2605.14278); the released trainer's log_prob_sigma_floor.
@@ -234,7 +236,12 @@ def velocity_step_weights(
         values = [float(sigma[tuple(i)]) for i in bad]
         raise ShapeError(f"sigmas must be > 0 and finite, got {values} at steps {steps}")
     weight = 0.5 / (sigma.clamp_min(sigma_floor).square() * temperature)
-    return weight if space == "x0" else weight * sigma.square()
+    weight = weight if space == "x0" else weight * sigma.square()
+    bad = (~((weight > 0) & weight.isfinite())).nonzero().tolist()
+    if bad:
+        steps = [i[0] if len(i) == 1 else i for i in bad]
+        raise ShapeError(f"sigmas give weights that float64 does not hold at steps {steps}")
+    return weight
 
 
 def energy_gradient(
@@ -305,8 +312,7 @@ def _check_branches(index: list[int], rows: int, num_branches: int) -> None:
     if len(index) != rows:
         raise ShapeError(f"branches must name the {rows} rows of pred, got {len(index)}")
     for row, branch in enumerate(index):
-        if type(branch) is not int:
-            raise DtypeError(f"branches[{row}] must be an int, got {branch!r}")
+        index[row] = branch = integer(f"branches[{row}]", branch, None)
         if not 0 <= branch < num_branches:
             raise ShapeError(f"branches[{row}] = {branch} not in [0, {num_branches})")
         if branch in index[:row]:

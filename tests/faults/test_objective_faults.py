@@ -211,7 +211,7 @@ def test_bad_two_pass_arguments_change_nothing() -> None:
     refuses(r"weight must be a float or \[2\]", lambda: acc.add(x, zero, x[0], [0, 1]))
     refuses("weight must be finite", lambda: acc.add(x, zero, x[:, 0] / 0, [0, 1]))
     assert acc.energies.tolist() == [0.0, 0.0, 0.0]
-    refuses("num_branches must be >= 1", lambda: TrajectoryEnergies(0))
+    refuses("num_branches must be at least 1", lambda: TrajectoryEnergies(0))
     refuses("dtype must be", lambda: TrajectoryEnergies(1, dtype=torch.float16), TypeError)
     refuses(r"kappa must be \[2\]", lambda: velocity_gradient(x, zero, 1.0, torch.ones(3)))
     refuses("kappa must be a floating", lambda: velocity_gradient(x, zero, 1.0, [1, 1]), TypeError)  # type: ignore[arg-type]
