@@ -1,13 +1,15 @@
 """One KVPO iteration as today's trainers run it and over this library, phase by phase.
 
     python benchmarks/iteration.py [--size tiny|wan-1.3b|wan-14b] [--layers N] [--branches G]
-                                   [--device cpu|cuda] [--rounds N] [--out FILE] [--plot FILE]
+                                   [--device cpu|cuda] [--rounds N] [--backend NAME]
+                                   [--out FILE] [--plot FILE]
 
 Both ways (`todays_trainer.py`, `pooled_trainer.py`) take turns in this process, on the same
 weights, noise, routes and advantages, after a check that their scores and gradients agree. One
 sample is a window of two iterations, as the release has two rollouts per old policy; times are per
-iteration, medians.
-Copies, operations and host synchronizations are counted by the dispatcher in a window of their own:
+iteration, medians. The first window, in which ours captures its graphs, is not timed: its peak of
+memory is, on a GPU all that the allocator took, the graphs' included.
+Copies, operations and host synchronizations are counted in a window of their own, without graphs:
 an op of this library counts as one operation. Bytes between host and device are those of the state
 and the trajectories; where the device is the CPU they are what a GPU would move.
 
@@ -23,11 +25,14 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from denoise_graph import CudaGraphs
 from pooled_trainer import Pooled
@@ -43,6 +48,7 @@ from kvpo_kernels.cost.sizes import SIZES
 PHASES = ("prefix", "rollout", "replay", "replay, old", "replay, initial", "gradient", "optimizer")
 BARS = {"cuda": {"time": 2.5, "memory": 1 / 0.35}, "cpu": {"time": 2.0}}
 Seconds = dict[str, float]
+Array = np.ndarray[Any, np.dtype[np.float32]]
 Way = Callable[[Problem], Trainer]
 
 
@@ -52,6 +58,7 @@ def pooled(problem: Problem) -> Pooled:
 
 
 WAYS: dict[str, Way] = {"today": Today, "ours": pooled}
+COUNTED: dict[str, Way] = {"today": Today, "ours": Pooled}  # what a replay does goes unseen
 
 
 class Stopwatch:
@@ -99,32 +106,72 @@ class Counter(TorchDispatchMode):
         return result
 
 
-def window(trainer: Trainer, watch: Stopwatch) -> None:
+def window(trainer: Trainer, watch: Stopwatch, between: Callable[[], None] = lambda: None) -> None:
     """Two iterations, of which the first has the old policy as its current one."""
     weights = trainer.old.state_dict()
     trainer.policy.load_state_dict(weights)
     trainer.optimizer.state.clear()
-    for synced in (True, False):
-        trainer.iteration(watch, synced)
+    trainer.iteration(watch, True)
+    between()
+    trainer.iteration(watch, False)
 
 
-def differences(problem: Problem) -> dict[str, float]:
-    """Of scores and gradients of the two ways, relative to the norm."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, way in WAYS.items():
+@dataclass
+class FirstWindow:
+    """What an untimed window tells of a way, and the trainer it has warmed."""
+
+    trainer: Trainer
+    scores: Array
+    gradients: list[Array]
+    """Of the first iteration."""
+    peak_bytes: int
+    """The most memory held beyond the problem, the trainer's weights included."""
+
+
+def first_window(problem: Problem, way: Way) -> FirstWindow:
+    """Graphs are captured and kernels compiled in it."""
+    found: list[Any] = []
+
+    def run() -> None:
         trainer = way(problem)
-        trainer.iteration(Stopwatch(problem.device), True)
-        grads = [p.grad for p in trainer.policy.parameters() if p.grad is not None]
-        found[name] = (trainer.scores.float(), torch.cat([g.flatten().float() for g in grads]))
-        del trainer
-    pairs = zip(("scores", "gradients"), found["ours"], found["today"], strict=True)
-    return {what: float((a - b).norm() / b.norm()) for what, a, b in pairs}
+
+        def keep() -> None:  # out of torch's memory, which is being watched
+            grads = [p.grad for p in trainer.policy.parameters() if p.grad is not None]
+            found.extend([trainer, _away(trainer.scores), [_away(g) for g in grads]])
+
+        window(trainer, Stopwatch(problem.device), keep)
+
+    gc.collect()
+    if problem.device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return FirstWindow(*found, torch.cuda.max_memory_reserved() - before)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    events = seen.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return FirstWindow(*found, max(itertools.accumulate(n for _, n in sorted(changes))))
 
 
-def agree(device: str) -> None:
+def _away(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().cpu().float().numpy().copy()
+    return array
+
+
+def differences(ours: FirstWindow, today: FirstWindow) -> dict[str, float]:
+    """Of scores and gradients, relative to the norm."""
+    whole = lambda w: np.concatenate([g.ravel() for g in w.gradients])
+    pairs = {"scores": (ours.scores, today.scores), "gradients": (whole(ours), whole(today))}
+    norm = np.linalg.norm
+    return {what: float(norm(a - b) / norm(b)) for what, (a, b) in pairs.items()}
+
+
+def agree(device: str, backend: str | None = None) -> None:
     """No speed of a wrong answer: both ways at a small size, in float32."""
-    small = make_problem(SIZES["tiny"], 4, 3, True, device, torch.float32)
-    found = differences(small)
+    small = make_problem(SIZES["tiny"], 4, 3, True, device, torch.float32, backend)
+    found = differences(*(first_window(small, WAYS[name]) for name in ("ours", "today")))
     # Sums in another order, through layers, steps and blocks.
     assert max(found.values()) < 1e-3, found
 
@@ -132,41 +179,38 @@ def agree(device: str) -> None:
 def counts(problem: Problem, way: Way) -> dict[str, float]:
     """Per iteration."""
     trainer = way(problem)
-    with Counter() as counter:
-        window(trainer, Stopwatch(problem.device))
+    on_gpu = problem.device.type == "cuda"
+    with warnings.catch_warnings(record=True) as seen, Counter() as counter:
+        warnings.simplefilter("always")
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            window(trainer, Stopwatch(problem.device))
+        finally:
+            if on_gpu:
+                torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchronizing" in str(w.message) for w in seen)
     host = trainer.ledger.host_bytes if isinstance(trainer, Today) else 0
     found = {
         "operations": counter.operations,
         "copied_bytes": counter.copied_bytes,
         "host_bytes": host,
-        "syncs": counter.syncs,
+        "syncs": waits if on_gpu else counter.syncs,
     }
     return {name: n / 2 for name, n in found.items()}
 
 
-def peak_bytes(problem: Problem, way: Way) -> int:
-    """The most memory that a window holds beyond the problem, the trainer's weights included."""
-    gc.collect()
-    if problem.device.type == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        window(way(problem), Stopwatch(problem.device))
-        return int(torch.cuda.max_memory_allocated() - before)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        window(way(problem), Stopwatch(problem.device))
-    events = seen.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    return max(itertools.accumulate(n for _, n in sorted(changes)))
-
-
-def measure(problem: Problem, rounds: int) -> dict[str, Any]:
-    """Both ways in turns."""
-    agree(problem.device.type)
+def measure(
+    problem: Problem, rounds: int, save: Callable[[dict[str, Any]], None] = lambda result: None
+) -> dict[str, Any]:
+    """Both ways in turns. `save` is called with what there is, after each step."""
+    agree(problem.device.type, problem.backend)
+    first = {name: first_window(problem, way) for name, way in WAYS.items()}
+    peaks = {name: f.peak_bytes for name, f in first.items()}
     # At this size and precision: a 16-bit policy is chaotic enough for some per cent.
-    result: dict[str, Any] = {"differences": differences(problem)}
-    peaks = {name: peak_bytes(problem, way) for name, way in WAYS.items()}
-    trainers = {name: way(problem) for name, way in WAYS.items()}
+    result: dict[str, Any] = {"differences": differences(first["ours"], first["today"])}
+    trainers = {name: f.trainer for name, f in first.items()}
+    del first
     samples: dict[str, list[Seconds]] = {name: [] for name in WAYS}
     order = list(WAYS)
     for _ in range(rounds):
@@ -175,21 +219,23 @@ def measure(problem: Problem, rounds: int) -> dict[str, Any]:
             window(trainers[name], watch)
             samples[name].append({phase: s / 2 for phase, s in watch.seconds.items()})
         order.reverse()
-    del trainers
-    for name, way in WAYS.items():
-        phases = {p: statistics.median(s[p] for s in samples[name]) for p in PHASES}
-        result[name] = {
-            "seconds": statistics.median(sum(s.values()) for s in samples[name]),
-            "phases": phases,
-            "samples": samples[name],
-            "peak_bytes": peaks[name],
-            **counts(problem, way),
+        for name in WAYS:
+            result[name] = {
+                "seconds": statistics.median(sum(s.values()) for s in samples[name]),
+                "phases": {p: statistics.median(s[p] for s in samples[name]) for p in PHASES},
+                "samples": samples[name],
+                "peak_bytes": peaks[name],
+            }
+        pairs = zip(samples["today"], samples["ours"], strict=True)
+        result["ratios"] = {
+            "time": statistics.median(sum(t.values()) / sum(o.values()) for t, o in pairs),
+            "memory": peaks["today"] / peaks["ours"],
         }
-    pairs = zip(samples["today"], samples["ours"], strict=True)
-    result["ratios"] = {
-        "time": statistics.median(sum(t.values()) / sum(o.values()) for t, o in pairs),
-        "memory": peaks["today"] / peaks["ours"],
-    }
+        save(result)
+    trainers.clear()
+    for name, way in COUNTED.items():
+        result[name] |= counts(problem, way)
+        save(result)
     return result
 
 
@@ -249,6 +295,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--backend", help="of routed attention; default: what a call would take")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
@@ -263,14 +310,24 @@ def main() -> int:
         checkpoint_layers=large,
         device=args.device,
         dtype=torch.bfloat16 if args.device == "cuda" else torch.float32,
+        backend=args.backend,
     )
-    result = measure(problem, args.rounds)
-    result["size"] = {"name": args.size, "branches": args.branches, **dataclasses.asdict(size)}
-    result["environment"] = environment(args.threads)
+    about = {
+        "size": {"name": args.size, "branches": args.branches, **dataclasses.asdict(size)},
+        "environment": environment(args.threads),
+    }
+
+    def save(result: dict[str, Any]) -> None:
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(result | about, indent=1) + "\n")
+
+    result = measure(problem, args.rounds, save)
     result["checks"] = [
         {"what": what, "value": result["ratios"][what], "bar": bar}
         for what, bar in BARS[args.device].items()
     ]
+    save(result)
     print(
         f"{args.size}, {size.layers} layers, {args.branches} branches, {args.device}, per iteration"
     )
@@ -278,9 +335,6 @@ def main() -> int:
     for c in result["checks"]:
         verdict = "ok" if c["value"] >= c["bar"] else "MISSED"
         print(f"{c['what']}: x{c['value']:.2f} (bar {c['bar']:.2f}) {verdict}")
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
     if args.plot:
         plot(result, args.plot)
     return int(any(c["value"] < c["bar"] for c in result["checks"]))

@@ -1,7 +1,7 @@
 """Self-attention of one layer for all branches, from q, k, v to its output: E1 and E2.
 
     python benchmarks/layer.py [--size tiny|wan-1.3b|wan-14b] [--branches G] [--device cpu|cuda]
-                               [--rounds N] [--out FILE]
+                               [--rounds N] [--backend NAME] [--out FILE]
 
 E1, context pass: norm, rotation, write, attention, forward. E2, replay: norm, rotation, attention,
 forward and backward to q, k and v. As today's trainers do it, branch by branch over caches of 33
@@ -99,7 +99,8 @@ class Layer:
             slots=self.slots,
         )
         self.pool.mark_written(0, self.slots)
-        return (routed_attention(q, self.pool.k(0), self.pool.v(0), self.with_block),)
+        pages = (self.pool.k(0), self.pool.v(0))
+        return (routed_attention(q, *pages, self.with_block, backend=self.p.backend),)
 
     def today_backward(self) -> tuple[Tensor, ...]:
         tables = axis_tables(self.p.rope, FIRST, self.grid)
@@ -114,7 +115,8 @@ class Layer:
         leaves = [t.detach().requires_grad_() for t in (self.q, self.k, self.v)]
         norms = (self.block.q_norm, self.block.k_norm)
         q, k = qk_norm_rope(*leaves[:2], *norms, self.p.rope, FIRST, grid=self.grid)
-        out = routed_attention(q, self.pool.k(0), self.pool.v(0), self.table, k, leaves[2])
+        pages, live = (self.pool.k(0), self.pool.v(0)), (k, leaves[2])
+        out = routed_attention(q, *pages, self.table, *live, backend=self.p.backend)
         return torch.autograd.grad(out, leaves, self.grad)
 
 
@@ -159,12 +161,15 @@ def main() -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--backend", help="of routed attention; default: what a call would take")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     size = dataclasses.replace(SIZES[args.size], layers=1)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    problem = make_problem(size, args.branches, args.branches, False, args.device, dtype)
+    sizes = (size, args.branches, args.branches, False)
+    problem = make_problem(*sizes, args.device, dtype, args.backend)
+    facts = environment(args.threads)
     records = measure(Layer(problem), args.rounds)
     print(f"{args.size}, one layer, {args.branches} branches, {args.device}")
     for r in records:
@@ -176,7 +181,7 @@ def main() -> int:
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         shape = {"size": args.size, "branches": args.branches, **dataclasses.asdict(size)}
-        result = {"records": records, "shape": shape, "environment": environment(args.threads)}
+        result = {"records": records, "shape": shape, "environment": facts}
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     return int(any(r["bar"] is not None and r["ratio"] < r["bar"] for r in records))
 

@@ -200,7 +200,8 @@ class Pooled(Trainer):
 
         def attend(layer: int, block: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k = qk_norm_rope(q, k, block.q_norm, block.k_norm, rope, first, grid=self._grid)
-            return routed_attention(q, pool.k(layer), pool.v(layer), table, k, v)
+            pages = (pool.k(layer), pool.v(layer))
+            return routed_attention(q, *pages, table, k, v, backend=p.backend)
 
         return policy(x, sigma, p.text, attend, p.checkpoint_layers)
 
@@ -219,7 +220,8 @@ class Pooled(Trainer):
 
         def attend(layer: int, block: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k = qk_norm_rope(q, k, block.q_norm, block.k_norm, p.rope, first, grid=self._grid)
-            attended = routed_attention(q, pool.k(layer), pool.v(layer), context.table, k, v)
+            pages = (pool.k(layer), pool.v(layer))
+            attended = routed_attention(q, *pages, context.table, k, v, backend=p.backend)
             pool.write(layer, slots, k, v)  # after the last look at what was there
             return attended
 

@@ -18,6 +18,7 @@ import torch
 from harness import ROOT, Record, line, records
 
 from kvpo_kernels import doctor
+from kvpo_kernels.bench import machine
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = ("routed_attention", "tve_grpo", "norm_rope", "store_frames")
@@ -27,16 +28,20 @@ def environment(threads: int) -> dict[str, Any]:
     """What the numbers depend on."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_files": _git("status", "--porcelain", "--", "kvpo_kernels", "csrc", "benchmarks"),
+        "commit": machine.commit(),
+        "changed_files": _changed_files(),
         "command": " ".join(["python", *sys.argv]),
         **doctor.facts(),
         "threads": threads,
     }
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True)
+def _changed_files() -> str:
+    what = ["git", "-C", str(ROOT), "status", "--porcelain", "--", "kvpo_kernels", "csrc"]
+    try:
+        done = subprocess.run([*what, "benchmarks"], capture_output=True, text=True)
+    except OSError:  # no git
+        return "unknown"
     return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 

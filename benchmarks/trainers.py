@@ -45,6 +45,8 @@ class Problem:
     """Branches whose activations one backward of `Pooled` holds."""
     checkpoint_layers: bool
     """Whether `Pooled` recomputes each layer in the backward, as `Today` does the whole forward."""
+    backend: str | None = None
+    """Of routed attention; None for the one a call would take."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,6 +74,7 @@ def make_problem(
     checkpoint_layers: bool,
     device: str,
     dtype: torch.dtype,
+    backend: str | None = None,
 ) -> Problem:
     """Random weights and noise; the fork at frame 21, its chunk ends at 39: six blocks."""
     torch.manual_seed(0)
@@ -98,6 +101,7 @@ def make_problem(
         RopeTable(size.head_dim, device=device),
         micro_batch,
         checkpoint_layers,
+        backend,
     )
 
 

@@ -14,7 +14,7 @@ Inputs = tuple[Tensor, ...]
 
 def output_weight(out: Tensor) -> Tensor:
     """The fixed linear form of the output that the gradients are of."""
-    return torch.linspace(-1, 1, out.numel(), dtype=torch.float64).to(out.dtype).view_as(out)
+    return torch.linspace(-1, 1, out.numel(), dtype=torch.float64).to(out).view_as(out)
 
 
 def results(

@@ -11,7 +11,7 @@ import torch
 
 from kvpo_kernels import bench
 from kvpo_kernels.__main__ import main
-from kvpo_kernels.bench import routed_attention, timing
+from kvpo_kernels.bench import norm_rope, routed_attention, timing
 
 ROOT = Path(__file__).parent.parent
 KEYS = {
@@ -61,6 +61,30 @@ def test_a_part_that_fails_leaves_the_others(
     assert [r["case"] for r in written["records"]] == ["B1"]
     assert "broken on purpose" in written["failures"][0]["error"]
     assert "FAILED routed_attention, default, main, forward" in capsys.readouterr().out
+
+
+def test_records_are_added_to_a_file(tmp_path: Path) -> None:
+    out = tmp_path / "r.json"
+    command = ["--device", "cpu", "--quick", "--op", "tve_grpo", "--out", str(out)]
+    assert bench.main(command) == 0
+    first = json.loads(out.read_text())["records"]
+    assert bench.main([*command, "--add"]) == 0
+    both = json.loads(out.read_text())["records"]
+    assert both[: len(first)] == first and len(both) == 2 * len(first)
+
+
+def test_a_write_that_is_wrong_or_missing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = norm_rope.CASES[0].smaller()
+    for slots, name in ((slice(0), "missing"), (slice(None), "wrong")):
+
+        def block(turn, angles, q, k, v, q_weight, k_weight, k_pool, *rest, slots=slots):
+            k_pool[slots] = 123.0
+            return turn(q, q_weight, *angles)
+
+        monkeypatch.setattr(norm_rope, "block_in_torch", block)
+        of_case = norm_rope.Bench(case, torch.bfloat16, "cpu", None, quick=True)
+        failed = [r["failed"] for r in of_case.run(1.0) if "failed" in r]
+        assert len(failed) == 2 and all("of the largest value" in f for f in failed), name
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

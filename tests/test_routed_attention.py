@@ -26,6 +26,7 @@ from torch.utils.checkpoint import (
 
 from kvpo_kernels import RouteTable, _native, explain, routed_attention
 from kvpo_kernels.backends.triton import configs
+from kvpo_kernels.ops import routed_attention as op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BY_NAME = {case.name: case for case in ROUTED}
@@ -238,6 +239,13 @@ def test_registration_is_sound(backend: str) -> None:
     torch.library.opcheck(ops.routed_attention_forward.default, (*args, 0.5, backend))
     backward = (torch.ones_like(out), *args, out, lse, 0.5, backend)
     torch.library.opcheck(ops.routed_attention_backward.default, backward)
+
+
+def test_what_a_gpus_backend_asks_of_strides_is_traced() -> None:
+    """That branch of the call is not reached here."""
+    whole = torch.compile(op._in_whole_units, fullgraph=True, backend="eager")
+    x = torch.zeros(4, 2, 3, 64, dtype=torch.bfloat16)
+    assert whole(x) and whole(x[1:]) and not whole(torch.zeros(4, 2, 3, 60, dtype=torch.bfloat16))
 
 
 @each_backend

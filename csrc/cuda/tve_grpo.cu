@@ -41,6 +41,17 @@ Grid resident_grid(int64_t chunks) {
   return {0, 0};
 }
 
+// Always the same limit: calls of other sizes on other threads may come between this and the
+// launch.
+void allow_all_shared_memory(const void* kernel) {
+  cudaFuncAttributes facts;
+  check(cudaFuncGetAttributes(&facts, kernel), "tve_grpo: kernel");
+  const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             most - static_cast<int>(facts.sharedSizeBytes)),
+        "tve_grpo: shared memory");
+}
+
 template <typename T, bool kAligned> void run(const TveGrpo& a, cudaStream_t stream) {
   const Trajectories& x = a.trajectories;
   const int64_t chunks = x.branches * x.steps * ((x.numel + kChunk - 1) / kChunk);
@@ -51,9 +62,7 @@ template <typename T, bool kAligned> void run(const TveGrpo& a, cudaStream_t str
     const Grid grid = resident_grid(chunks);
     if (grid.blocks > 0) {
       const auto kernel = reinterpret_cast<const void*>(&fused_kernel<T, kAligned>);
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(grid.shared_bytes)),
-            "tve_grpo: shared memory");
+      allow_all_shared_memory(kernel);
       const cudaError_t status =
           cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(grid.blocks)), threads,
                                       arguments, grid.shared_bytes, stream);

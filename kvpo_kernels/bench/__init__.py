@@ -1,6 +1,7 @@
 """The kernels against the strongest baselines, on this machine: `python -m kvpo_kernels bench`."""
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,10 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", action="append", help="default: the one a call would take")
     parser.add_argument("--quick", action="store_true", help="the main case, few rounds")
     parser.add_argument("--out", type=Path, help="write the records as JSON")
+    parser.add_argument("--add", action="store_true", help="to those that --out has already")
     parser.add_argument("--plot", type=Path, help="draw achieved rates as PNG; needs matplotlib")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here; `python -m kvpo_kernels doctor`")
+    there: dict[str, list[dict[str, Any]]] = {"records": [], "failures": []}
+    if args.add and args.out and args.out.exists():
+        there = json.loads(args.out.read_text())
     facts = machine.facts(args.device)
     rates = machine.rates(args.device, torch.bfloat16)
     print(
@@ -62,16 +67,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 except Exception as error:  # the other parts still tell something
                     failures.append({"part": what, "error": f"{type(error).__name__}: {error}"})
                 if args.out:  # after each part: what is measured is kept, whatever comes
-                    args.out.parent.mkdir(parents=True, exist_ok=True)
-                    result = {"records": records, "failures": failures}
-                    args.out.write_text(json.dumps(result, indent=1) + "\n")
+                    write(args.out, there["records"] + records, there["failures"] + failures)
                 if args.device == "cuda":
-                    torch.cuda.empty_cache()
+                    with contextlib.suppress(RuntimeError):  # an error of a kernel stays
+                        torch.cuda.empty_cache()
     for failure in failures:
         print(f"FAILED {failure['part']}: {failure['error'][:300]}")
     if args.plot:
-        plot(records, args.plot)
+        plot(there["records"] + records, args.plot)
     return 1 if failures else 0
+
+
+def write(path: Path, records: list[dict[str, Any]], failures: list[dict[str, str]]) -> None:
+    """As JSON, whole or not at all: the process may be killed at any time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"records": records, "failures": failures}, indent=1) + "\n")
+    temporary.replace(path)
 
 
 def line(r: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What a number depends on, and the rates it is held against."""
 
 import datetime
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,15 @@ def facts(device: str) -> dict[str, str]:
         "driver": _first_line(query) if device == "cuda" else "none",
         "torch": known["torch"],
         "triton": known["triton"],
-        "commit": _first_line(["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def commit() -> str:
+    """Of the source; KVPO_COMMIT says it where the source comes without its repository."""
+    here = str(Path(__file__).parent)
+    return os.environ.get("KVPO_COMMIT") or _first_line(["git", "-C", here, "rev-parse", "HEAD"])
 
 
 def rates(device: str, dtype: torch.dtype) -> dict[str, float]:

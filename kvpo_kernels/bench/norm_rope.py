@@ -3,10 +3,8 @@
 The bars are those of an H200 in bfloat16; elsewhere the same cases run smaller and have none.
 """
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +68,31 @@ def fused(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2).to(x.dtype)
 
 
+def block_in_torch(
+    turn: Callable[..., Tensor],
+    angles: tuple[Tensor, ...],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    index: Tensor,
+) -> Tensor:
+    """The whole of it, so that a compiler may join what it can; returns q'."""
+    page = (len(index), *k_pool.shape[1:])
+    new_k = turn(k, k_weight, *angles).view(page)
+    for pool, scales, x in ((k_pool, k_scales, new_k), (v_pool, v_scales, v.view(page))):
+        if scales is None:
+            pool[index] = x
+        else:
+            pool[index], scales[index] = quantized(x, pool.dtype)
+    return turn(q, q_weight, *angles)
+
+
 class Bench(Comparison):
     """Measures one case at one precision; yields records."""
 
@@ -121,31 +144,23 @@ class Bench(Comparison):
         return q, self.pools
 
     def in_torch(
-        self, turn: Callable[..., Tensor], rounded: Callable[..., Any], *angles: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        page = (len(self.index), *self.pools.shape[2:])
-        frames = turn(self.k, self.weights[1], *angles).view(page), self.v.view(page)
-        for pool, scales, x in zip(self.pools, self.scales, frames, strict=True):
-            if scales is None:
-                pool[self.index] = x
-            else:
-                pool[self.index], scales[self.index] = rounded(x, pool.dtype)
-        return turn(self.q, self.weights[0], *angles), self.pools
+        self, block: Callable[..., Tensor], turn: Callable[..., Tensor], *angles: Tensor
+    ) -> Callable[[], tuple[Tensor, Tensor]]:
+        self.pools.zero_()  # what it does not write shows
+        inputs = (self.q, self.k, self.v, *self.weights, *self.pools, *self.scales, self.index)
+        return lambda: (block(turn, angles, *inputs), self.pools)
 
     @torch.no_grad()
     def run(self, copy_tbps: float) -> Iterator[Record]:
         """q, and k and v in their slots, and how near it comes to a copy of as many bytes."""
-        compiled = torch.compile(fused, dynamic=False)
-        rounded = torch.compile(quantized, dynamic=False)
+        compiled = torch.compile(block_in_torch, dynamic=False)
+        angles = (self.cos, self.sin)
         others: Baselines = {
             "R1": (
                 "torch, float64 rotation",
-                lambda: functools.partial(self.in_torch, original, quantized, self.rotation),
+                lambda: self.in_torch(block_in_torch, original, self.rotation),
             ),
-            "R1/compile": (
-                "torch.compile",
-                lambda: functools.partial(self.in_torch, compiled, rounded, self.cos, self.sin),
-            ),
+            "R1/compile": ("torch.compile", lambda: self.in_torch(compiled, fused, *angles)),
         }
         flops = 13.0 * (self.q.numel() + self.k.numel()) / 2
         yield from self.compare_and_copy("R1", self.ours, others, flops, copy_tbps)

@@ -72,6 +72,7 @@ class Bench(Comparison):
         old = -trajectory_velocity_energy(self.pred.detach(), self.target, weights)
         old = old + 0.02 * torch.randn(G, generator=g, device=device)
         self.scalars = (weights, old, torch.randn(G, generator=g, device=device))
+        self.narrow_weights = weights.float()
         self.backend = backend
 
     def ours(self) -> Tensor:
@@ -80,8 +81,7 @@ class Bench(Comparison):
         return grad
 
     def in_torch(self, loss: Callable[..., Tensor]) -> Tensor:
-        weights, *scores = self.scalars
-        value = loss(self.pred, self.target, weights.float(), *scores)
+        value = loss(self.pred, self.target, self.narrow_weights, *self.scalars[1:])
         return torch.autograd.grad(value, self.pred)[0]
 
     def run(self, copy_tbps: float) -> Iterator[Record]:

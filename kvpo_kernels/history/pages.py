@@ -66,6 +66,8 @@ class Pages:
         self._mover: torch.cuda.Stream | None = None
         if target.type == "cuda":
             self._mover = torch.cuda.Stream(target)  # type: ignore[no-untyped-call]
+            for tensor in self._device():  # a pool may die while frames still move
+                tensor.record_stream(self._mover)
         self._moving: dict[int, torch.cuda.Event] = {}
 
     @property
@@ -100,7 +102,10 @@ class Pages:
                 self._moving[slot] = done
 
     def wait_for(self, slots: Iterable[int]) -> None:
-        """Let the current stream wait for moves of these slots; the host does not."""
+        """Let the current stream wait for moves of these slots; the host does not.
+
+        Once for each move: a pool is read and written on one stream.
+        """
         if self._moving:
             for slot in slots:
                 done = self._moving.pop(slot, None)

@@ -186,7 +186,7 @@ def _refuse_nonfinite(name: str, value: Tensor) -> None:
 def _vector(
     name: str, value: Tensor | Sequence[float] | float, size: int, device: torch.device
 ) -> Tensor:
-    vector = torch.as_tensor(value, dtype=torch.float64).detach().to(device)
+    vector = torch.as_tensor(value, dtype=torch.float64).detach().to(device, non_blocking=True)
     vector = vector[None] if vector.ndim == 0 and size == 1 else vector
     if vector.shape != (size,):
         raise ShapeError(f"{name} must be [{size}], got {list(vector.shape)}")

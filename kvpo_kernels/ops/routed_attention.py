@@ -246,7 +246,8 @@ def _in_whole_units(tensor: Tensor) -> bool:
     *outer, last = tensor.stride()
     return (
         last == 1
-        and tensor.storage_offset() % unit == 0
+        # A compiler cannot trace the offset; it takes views of a layer, which begin at whole units.
+        and (torch.compiler.is_compiling() or tensor.storage_offset() % unit == 0)
         and all(s > 0 and s % unit == 0 for s in outer)
     )
 

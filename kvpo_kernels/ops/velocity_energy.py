@@ -186,7 +186,8 @@ class TrajectoryEnergies:
         if branches is None:
             self._sum += energy
         else:
-            self._sum.index_add_(0, torch.tensor(index, device=self._sum.device), energy)
+            named = torch.tensor(index, device="cpu").to(self._sum.device, non_blocking=True)
+            self._sum.index_add_(0, named, energy)
 
 
 def velocity_step_weights(
@@ -302,10 +303,11 @@ def _weight_of_step(pred: Tensor, target: Tensor, weight: float | Tensor) -> Ten
             )
         if weight.device.type == "cpu" and not bool(weight.isfinite().all()):
             raise ShapeError(f"weight must be finite, got {weight.tolist()}")
-        return weight.detach().to(pred.device, torch.float64).unsqueeze(1)
+        return weight.detach().to(pred.device, torch.float64, non_blocking=True).unsqueeze(1)
     if not abs(float(weight)) < float("inf"):
         raise ShapeError(f"weight must be finite, got {weight}")
-    return torch.tensor([float(weight)], dtype=torch.float64, device=pred.device)
+    # Filled, not copied: a copy from the host would wait for the device.
+    return torch.full((1,), float(weight), dtype=torch.float64, device=pred.device)
 
 
 def _check_branches(index: list[int], rows: int, num_branches: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -325,6 +326,33 @@ def test_autocast_and_inference_mode_change_no_bit(name: str) -> None:
         assert torch.equal(call(x), expected)
     with torch.inference_mode():
         assert torch.equal(call(x), expected)
+
+
+def test_a_sum_made_in_inference_mode_goes_on_outside() -> None:
+    with torch.inference_mode():
+        energies = TrajectoryEnergies(2)
+        energies.add(torch.zeros(2, 5), torch.ones(2, 5), 0.5)
+    energies.add(torch.zeros(2, 5), torch.ones(2, 5), 0.5, branches=np.array([1, 0]))
+    assert energies.energies.tolist() == [1.0, 1.0]
+
+
+def test_a_gradient_belongs_to_its_owner() -> None:
+    scores = torch.randn(4, requires_grad=True)
+    r = branch_policy_loss(scores, torch.zeros(4), torch.randn(4))
+    kappa = r.score_grad.clone()
+    r.loss.backward()
+    scores.grad.zero_()  # as an optimizer does
+    assert kappa.any() and torch.equal(r.score_grad, kappa)
+
+
+def test_numbers_out_of_range_are_named() -> None:
+    far = torch.tensor([1.0, 2.0], dtype=torch.float16)
+    refuses(r"advantage must be finite", lambda: anchor_advantages(far, 0.0, [1e6]))
+    refuses(
+        r"float64 does not hold at steps \[1\]",
+        lambda: velocity_step_weights([1.0, 1e-200], sigma_floor=0.0),
+    )
+    refuses(r"safe must be a bool, got 'no'", lambda: branch_policy_loss(far, far, far, safe="no"))
 
 
 @each_call

@@ -73,6 +73,7 @@ def _on_rank(rank: int, world: int, store: str, out: str) -> None:
         {"nonfinite": "ignore" if odd else "raise"},
         {"objective": "mechanism_1" if odd else ContrastiveObjective()},
         {"backend": "cudnn" if odd else None},
+        {"safe": "False" if odd else True},
     ]
     differ: list[dict[str, Any]] = [
         {"objective": ContrastiveObjective(kl_coef=1.0 + odd)},
@@ -82,14 +83,16 @@ def _on_rank(rank: int, world: int, store: str, out: str) -> None:
         {"dtype": torch.float64 if odd else torch.float32},
         {"scores": torch.zeros(0) if odd else None},
         {"scores": torch.full((SHARES[world][rank],), float("nan")) if odd else None},
+        {"device": "meta" if odd else "cpu"},
         *wrong,
     ]
     for case in differ:
         dtype = case.pop("dtype", torch.float32)
         x = case.pop("scores", None)
+        to = (case.pop("device", "cpu"), dtype)
         x = r.energies.detach() if x is None else x
         try:
-            branch_policy_loss(x.to(dtype), own[0].to(dtype), own[1].to(dtype), group=group, **case)
+            branch_policy_loss(x.to(*to), own[0].to(*to), own[1].to(*to), group=group, **case)
             messages.append("no error")
         except KvpoError as e:
             messages.append(str(e))
@@ -101,6 +104,12 @@ def _on_rank(rank: int, world: int, store: str, out: str) -> None:
             messages.append("no error")
         except KvpoError as e:
             messages.append(str(e))
+    if rank:
+        alone = dist.new_group([0])
+        with pytest.raises(KvpoError, match="this process is not a rank of `group`"):
+            branch_policy_loss(*own, group=alone)
+    else:
+        dist.new_group([0])
     torch.save(
         {
             "loss": r.loss.detach(),
@@ -142,13 +151,15 @@ def test_branches_over_ranks(world: int, tmp_path: Path) -> None:
         "differ in dtype",
         None,
         f"scores must be finite, got {[float('nan')] * len(last)} for branches {last}",
-        *[None] * 7,
+        *[None] * 10,
     ]
-    own = {5: "scores must be [G]", 10: "target must be"}  # what the odd rank says itself
-    for first in (7, 11):
+    # What the odd rank says itself.
+    own = {5: "scores must be [G]", 7: "scores are on meta", 12: "target must be"}
+    for first in (8, 13):
         own[first] = "nonfinite must be 'raise' or 'drop', got 'ignore'"
         own[first + 1] = "objective must be a ContrastiveObjective, got str"
         own[first + 2] = "unknown; the table has"
+        own[first + 3] = "safe must be a bool, got 'False'"
     assert all(len(r["messages"]) == len(same) for r in ranks)
     for i, text in enumerate(same):
         messages = [r["messages"][i] for r in ranks]
