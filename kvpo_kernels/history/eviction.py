@@ -15,9 +15,7 @@ from torch import Tensor
 from kvpo_kernels.checks import integer
 from kvpo_kernels.errors import ConfigError, ShapeError
 from kvpo_kernels.history.route_table import RouteTable
-from kvpo_kernels.ops.routed_attention import check_memory
 from kvpo_kernels.ops.store_frames import check_scales
-from kvpo_kernels.reference.routed_attention import widened_frames
 
 
 class Frames(Protocol):
@@ -170,7 +168,7 @@ def frame_attention_mass(
         )
     if Q == 0:
         raise ShapeError(f"q {list(q.shape)} has no queries to take the mean of")
-    check_memory(table, "k_pool", k_pool)
+    table.check_memory("k_pool", k_pool)
     check_scales(k_pool, k_pool, k_scales, k_scales, q.device)
     _at_least("queries", queries, 1)
     steps = min(queries, Q)
@@ -179,7 +177,7 @@ def frame_attention_mass(
     total = lse[:, :, picked].float()
     mass = []
     for slots in table.slots.unbind(1):
-        keys = widened_frames(k_pool, k_scales, slots.clamp_min(0).long(), torch.float32)
+        keys = _frames(k_pool, k_scales, slots.clamp_min(0).long())
         keys = keys.repeat_interleave(H // keys.shape[2], dim=2)
         logits = torch.einsum("bqhd,bthd->bhqt", some, keys)
         share = (logits.logsumexp(-1) - total).exp().mean((1, 2))
@@ -220,11 +218,18 @@ def text_relevance(
         if not 0 <= slot < k_pool.shape[0]:
             raise ShapeError(f"slots[{i}] = {slot} not in [0, {k_pool.shape[0]})")
     index = torch.tensor(named, dtype=torch.int64, device=k_pool.device)
-    frames = widened_frames(k_pool, k_scales, index, torch.float32)
-    frames = frames.mean(1)  # the score is linear: means first
+    frames = _frames(k_pool, k_scales, index).mean(1)  # the score is linear: means first
     H, D = text_k.shape[1:]
     score: Tensor = torch.einsum("hd,nhd->n", text_k.float().mean(0), frames) / (H * D**0.5)
     return score
+
+
+def _frames(pool: Tensor, scales: Tensor | None, slots: Tensor) -> Tensor:
+    """`[n, T, H, D]` float32."""
+    if scales is None:
+        return pool[slots].float()
+    pages = pool.view(torch.uint8)[slots].view(pool.dtype)  # float8 has no index
+    return pages.float() * scales[slots][:, None, :, None]
 
 
 def _at_least(name: str, value: int, limit: int) -> None:

@@ -95,6 +95,21 @@ class RouteTable:
     def _hold(self, rows: Rows) -> None:
         """Called with the slots that `slots` is about to name, before it is used; may refuse."""
 
+    def check_memory(self, name: str, pool: Tensor) -> None:
+        """Check that a table made by a `FramePool` is used over its frames: it holds no others.
+
+        Raises:
+            ShapeError: `pool`, an argument of that name, lies elsewhere.
+        """
+        if self.memory is None or has_no_memory(pool):
+            return
+        first, end = self.memory
+        if not first <= pool.data_ptr() < end:
+            raise ShapeError(
+                f"{name} is not of the FramePool whose `routes` made the table; for other frames"
+                " make a RouteTable"
+            )
+
     def tolist(self) -> Rows:
         """The routes as ragged lists (synchronises where the table is on a GPU)."""
         return [[s for s in row if s >= 0] for row in self.slots.tolist()]
@@ -155,3 +170,13 @@ class RouteTable:
         full = [row + [-1] * (self.capacity - len(row)) for row in rows]
         shape = (self.num_rows, self.capacity)
         return torch.tensor(full, dtype=torch.int32, device="cpu").reshape(shape)
+
+
+def has_no_memory(tensor: Tensor) -> bool:
+    """Whether there are no addresses to look at: a traced, fake, sharded, meta or empty tensor."""
+    return (
+        torch.compiler.is_compiling()
+        or type(tensor) not in (Tensor, torch.nn.Parameter)
+        or tensor.device.type == "meta"
+        or tensor.numel() == 0
+    )

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from kvpo_kernels import registry
 from kvpo_kernels.errors import BackendUnavailable, ConfigError, DtypeError, ShapeError
-from kvpo_kernels.history.route_table import RouteTable
+from kvpo_kernels.history.route_table import RouteTable, has_no_memory
 from kvpo_kernels.ops.store_frames import PAGE_DTYPES, check_scales
 from kvpo_kernels.registry import Backend
 
@@ -314,28 +314,7 @@ def _check(
     if table.slots.device != q.device:
         raise DtypeError(f"table is on {table.slots.device}, but q is on {q.device}")
     for name, t in others[:2]:
-        check_memory(table, name, t)
-
-
-def check_memory(table: RouteTable, name: str, pool: Tensor) -> None:
-    """Check that a table of a `FramePool` is used over its frames: it holds no others."""
-    if table.memory is None or _has_no_memory(pool):
-        return
-    first, end = table.memory
-    if not first <= pool.data_ptr() < end:
-        raise ShapeError(
-            f"{name} is not of the FramePool whose `routes` made the table; for other frames make a"
-            " RouteTable"
-        )
-
-
-def _has_no_memory(tensor: Tensor) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or tensor.device.type == "meta"
-        or tensor.numel() == 0
-    )
+        table.check_memory(name, t)
 
 
 def _check_not_in_pool(
@@ -347,11 +326,11 @@ def _check_not_in_pool(
 ) -> None:
     """The backward pass reads the live tokens again; the pool may be rewritten before that."""
     for live_name, live in (("k_live", k_live), ("v_live", v_live)):
-        if _has_no_memory(live):
+        if has_no_memory(live):
             continue
         live_first, live_end = _memory_range(live)
         for pool_name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
-            if _has_no_memory(pool):
+            if has_no_memory(pool):
                 continue
             first, end = memory or _memory_range(pool)  # of a FramePool the other layers as well
             if live_first < end and first < live_end:

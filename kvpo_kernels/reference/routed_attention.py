@@ -67,16 +67,6 @@ def backward(
     return grad_q, grad_k, grad_v
 
 
-def widened_frames(
-    pool_FTHD: Tensor, scales_FH: Tensor | None, slots_R: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """A copy of frames of a pool, quantized or not, in the wider dtype."""
-    if scales_FH is None:
-        return pool_FTHD[slots_R].to(dtype)
-    pages_RTHD = pool_FTHD.view(torch.uint8)[slots_R].view(pool_FTHD.dtype)  # float8 has no index
-    return pages_RTHD.to(dtype) * scales_FH[slots_R][:, None, :, None]
-
-
 def _widened(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
@@ -87,7 +77,11 @@ def _keys_of_row(
     """Lay the routed frames and the live tokens of a row end to end, one head per query head."""
     used = slots_R[slots_R >= 0].long()
     live_LHD = _widened(live_LHD)
-    frames_RTHD = widened_frames(pool_FTHD, scales_FH, used, live_LHD.dtype)
+    if scales_FH is None:
+        frames_RTHD = pool_FTHD[used].to(live_LHD.dtype)
+    else:  # float8 has no index
+        pages_RTHD = pool_FTHD.view(torch.uint8)[used].view(pool_FTHD.dtype)
+        frames_RTHD = pages_RTHD.to(live_LHD.dtype) * scales_FH[used][:, None, :, None]
     x_KHD = torch.cat([frames_RTHD.flatten(0, 1), live_LHD])
     return x_KHD.repeat_interleave(heads // x_KHD.shape[1], dim=1)
 
