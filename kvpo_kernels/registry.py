@@ -103,10 +103,20 @@ def _watched(args: tuple[Any, ...]) -> bool:
         or torch._C._get_tracing_state() is not None
         or not _PLAIN.issuperset(map(type, args))
         or args[0].is_meta
+        or _promised(args)
     )
 
 
-_PLAIN: Final = frozenset((Tensor, Parameter, float, int, bool, str, type(None)))
+def _promised(args: tuple[Any, ...]) -> bool:
+    """Whether some tensor's memory is not what it stands for: the dispatcher will make it so."""
+    for a in args:  # a loop, for half the time of `any`
+        if type(a) in _TENSORS and (a.is_neg() or a._is_zerotensor()):
+            return True
+    return False
+
+
+_TENSORS: Final = frozenset((Tensor, Parameter))
+_PLAIN: Final = _TENSORS | {float, int, bool, str, type(None)}
 
 
 def reasons(backends: tuple[Backend[Problem], ...], problem: Problem) -> dict[str, str | None]:

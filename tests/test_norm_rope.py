@@ -241,6 +241,31 @@ def test_a_backward_refuses_angles_that_were_overwritten() -> None:
         out.sum().backward()
 
 
+def test_slots_that_a_compiled_graph_cannot_check_are_not_written() -> None:
+    pool = torch.zeros(2, 2, 4, 4, 1, 16)  # the neighbours of either are the other's
+    weight, rope, x = torch.ones(16), RopeTable(16), torch.ones(1, 8, 1, 16)
+
+    @torch.compile(backend="eager")
+    def write(slots: torch.Tensor) -> torch.Tensor:
+        where = {"k_pool": pool[0, 0], "v_pool": pool[1, 0], "slots": slots}
+        return qk_norm_rope_write(x, x, x, weight, weight, rope, 0, grid=(2, 2, 2), **where)
+
+    for slots in ([[0, 4]], [[-1, 0]], [[0, 1 << 40]]):
+        with pytest.raises(_native.Error, match="a slot is outside the pool"):
+            write(torch.tensor(slots))
+    assert not pool.any()
+    write(torch.tensor([[3, 0]]))
+    assert pool[:, 0].any() and not pool[:, 1].any()
+
+
+def test_pools_whose_slots_overlap_are_refused() -> None:
+    weight, rope, x = torch.ones(16), RopeTable(16), torch.ones(1, 8, 1, 16)
+    pool = torch.zeros(1, 4, 1, 16).expand(3, -1, -1, -1)
+    where = {"k_pool": pool, "v_pool": pool, "slots": torch.tensor([[0, 1]])}
+    with pytest.raises(ShapeError, match="k_pool: slots overlap"):
+        qk_norm_rope_write(x, x, x, weight, weight, rope, 0, grid=(2, 2, 2), **where)
+
+
 def test_angles_made_in_another_mode_serve_later() -> None:
     grid = (2, 2, 2)
     for in_place in (False, True):

@@ -1,5 +1,6 @@
 """`routed_attention` on every backend and instruction set: values, bits, and how torch sees it."""
 
+import math
 import mmap
 import threading
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from attention_checks import (
+    NAMES,
     Inputs,
     assert_accuracy,
     assert_same_bits,
@@ -115,6 +117,56 @@ def test_empty_batches_and_queries(B: int, Q: int, backend: str) -> None:
     assert out.shape == q.shape and lse.shape == (B, 2, Q)
     assert [g.shape for g in grads] == [q.shape, live.shape, live.shape]
     assert not any(g.any() for g in grads)
+
+
+def test_long_sums_are_as_accurate(isa: str) -> None:
+    """Values that do not cancel, of as many keys and queries as a real block has: a sum one after
+    the other of all terms would be off by ten times what torch is."""
+    case = RoutedCase("long", B=1, Q=700, H=1, D=32, F=31, T=300, R=30, L=300)
+    q, k_pool, v_pool, k_live, v_live = case.inputs(torch.float32)
+    inputs = (0.3 * q, k_pool, v_pool + 1, k_live, v_live + 1)
+    assert_accuracy(case, inputs, results(inputs, case.table(), "cpu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_infinite_key_reaches_nothing_but_its_gradient(dtype: torch.dtype, isa: str) -> None:
+    """Also where the last query is paired with a lane past it."""
+    for Q in (4, 5, 47):
+        case = RoutedCase("inf", B=1, Q=Q, H=1, D=32, F=2, T=5, R=1, L=3)
+        q, k_pool, v_pool, k_live, v_live = case.inputs(dtype)
+        k_live[0, 1, 0, 0] = -math.inf
+        inputs = (q.abs() + 0.1, k_pool, v_pool, k_live, v_live)
+        ours, same = (results(inputs, case.table(), name) for name in ("cpu", "reference"))
+        for name, a, b in zip(NAMES, ours, same, strict=True):
+            assert torch.equal(a.isnan(), b.isnan()), (name, Q)
+
+
+def test_nothing_of_anything_has_gradients() -> None:
+    """The gradient of a sum is expanded, with strides of 0."""
+    for sizes in ({"B": 0}, {"Q": 0}, {"L": 0}, {"R": 0, "L": 0}):
+        case = RoutedCase(
+            "none", **({"B": 2, "Q": 3, "H": 2, "D": 16, "F": 2, "T": 5} | {"R": 1} | sizes)
+        )
+        q, k_pool, v_pool, k_live, v_live = case.inputs(torch.float32)
+        leaves = [t.requires_grad_() for t in (q, k_live, v_live)]
+        out = routed_attention(q, k_pool, v_pool, case.table(), k_live, v_live, backend="cpu")
+        out.sum().backward()
+        assert all(t.grad.isfinite().all() for t in leaves), sizes
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_tensors_whose_memory_is_not_what_they_are(backend: str) -> None:
+    """Views with a negative bit, and zeros without memory: the dispatcher resolves them."""
+    case = RoutedCase("neg", B=1, Q=5, H=2, D=16, F=3, T=4, R=2, L=2)
+    inputs, table = case.inputs(torch.float32), case.table()
+    negative = tuple(torch._neg_view(-t) for t in inputs)
+    assert all(t.is_neg() for t in negative)
+    plain = results(inputs, table, backend)
+    assert_same_bits(results(negative, table, backend), plain)
+    weight = output_weight(plain[0])
+    assert_same_bits(results(inputs, table, backend, torch._neg_view(-weight)), plain)
+    nothing = torch._efficientzerotensor(plain[0].shape)
+    assert not results(inputs, table, backend, nothing)[2].any()
 
 
 @each_dtype

@@ -33,7 +33,7 @@ template <typename T> KVPO_INLINE float inverse_rms(const T* x, int64_t n, float
     const Vec u = load(x + i);
     a = fma(u, u, a);
   }
-  return 1.0f / std::sqrt(sum_lanes(add(a, b)) / static_cast<float>(n) + eps);
+  return 1.0f / __builtin_sqrtf(sum_lanes(add(a, b)) / static_cast<float>(n) + eps);
 }
 
 // An output larger than this would push out of the cache what the next kernel wants, and reading

@@ -624,6 +624,14 @@ KVPO_INLINE void backward_block(const Backward& b, const QueryBlock& block, Quer
     }
     if (sums) {
       const ptrdiff_t row = kTileColumns * (kPairs ? sizeof(bf16) : sizeof(float));
+      if (kPairs && queries % 2) {
+        // The last query is paired with a lane past it, whose weight is NaN where a key is
+        // infinite.
+        uint16_t* lane = reinterpret_cast<uint16_t*>(my.weight_rows) + queries;
+        uint16_t* lane_of_grads = reinterpret_cast<uint16_t*>(my.grad_rows) + queries;
+        for (int t = 0; t < chunk.keys; ++t)
+          lane[t * kTileColumns] = lane_of_grads[t * kTileColumns] = 0;
+      }
       const Broadcasts weights{kPairs ? my.weight_rows : my.weights, row};
       const Broadcasts grads{kPairs ? my.grad_rows : my.grads, row};
       const int steps = steps_of<kElement>(queries), columns = head_size / kWidth;

@@ -3,7 +3,8 @@
 // A enters one 32-bit element at a time, broadcast, so it may lie anywhere: keys and values are
 // read where the pool keeps them. B and C are scratch with rows of whole vectors. A tile of C stays
 // in registers for the whole sum, and every element of C is summed in the order of k: its bits do
-// not depend on the tile it fell into.
+// not depend on the tile it fell into. What C held is added last: a sum over many products is one
+// of partial sums, whose rounding errors grow with their number and not with that of all terms.
 #pragma once
 
 #include "simd.h"
@@ -79,7 +80,7 @@ KVPO_INLINE void one_tile(int steps, const char* a, ptrdiff_t stride, const floa
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
     for (int j = 0; j < kVecs; ++j)
-      sums[i][j] = kAdd ? load(c + i * c_row + j * kWidth) : zero();
+      sums[i][j] = zero();
   Prefetch<kRows, 3> next_rows{a + kRows * row, row};                                // into L1
   Prefetch<kRows, 2> used_after{static_cast<const char*>(after.data), after.stride}; // into L2
   for (int k = 0; k < steps; ++k, a += step, b += b_row) {
@@ -104,8 +105,10 @@ KVPO_INLINE void one_tile(int steps, const char* a, ptrdiff_t stride, const floa
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i)
 #pragma GCC unroll 16
-    for (int j = 0; j < kVecs; ++j)
-      store(c + i * c_row + j * kWidth, sums[i][j]);
+    for (int j = 0; j < kVecs; ++j) {
+      float* to = c + i * c_row + j * kWidth;
+      store(to, kAdd ? add(load(to), sums[i][j]) : sums[i][j]);
+    }
 }
 
 template <int kRows, int kVecs, bool kAdd, Element kElement, Packed kPacked>

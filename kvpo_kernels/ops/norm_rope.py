@@ -33,8 +33,8 @@ def _why_not_cpu(p: Problem) -> str | None:
         return why
     if p.dtype not in (torch.float32, torch.bfloat16):
         return f"takes float32 and bfloat16, got {p.dtype}"
-    if p.head_size % 16:
-        return f"takes head sizes that are multiples of 16, got {p.head_size}"
+    if p.head_size % 16 or p.head_size > 1024:
+        return f"takes head sizes that are multiples of 16 up to 1024, got {p.head_size}"
     return None
 
 
@@ -333,6 +333,8 @@ def _check_write(
             )
         if pool.stride(3) != 1:
             raise ShapeError(f"{name}: last axis must be contiguous, got strides {pool.stride()}")
+        if any(n > 1 and s == 0 for n, s in zip(pool.shape, pool.stride(), strict=True)):
+            raise ShapeError(f"{name}: slots overlap, got strides {pool.stride()}")
     quantized = check_scales(k_pool, v_pool, k_scales, v_scales, q.device)
     for name, tensor in (("v", v), ("k_pool", k_pool), ("v_pool", v_pool)):
         foreign = tensor.dtype is not q.dtype and not (quantized and name != "v")

@@ -44,7 +44,7 @@ def _why_not_cpu(p: Problem) -> str | None:
         return why
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"takes float32, bfloat16 and float16, got {p.dtype}"
-    if p.head_size % 16 or p.head_size > 256:
+    if p.head_size % 16 or not 16 <= p.head_size <= 256:
         return f"takes head sizes that are multiples of 16 up to 256, got {p.head_size}"
     return None
 

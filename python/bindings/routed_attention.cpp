@@ -26,7 +26,8 @@ public:
                    (page != kvpo::Page::kAsQueries || kvpo::float_of(view_, "q") == dtype),
                std::string(name) + " has another dtype than q");
     KVPO_CHECK(view_.device() == kvpo::dlpack::kCpu, std::string(name) + " is not on the CPU");
-    KVPO_CHECK(view_.stride(3) == 1 || view_.size(3) <= 1,
+    const bool empty = !(view_.size(0) && view_.size(1) && view_.size(2) && view_.size(3));
+    KVPO_CHECK(view_.stride(3) == 1 || view_.size(3) == 1 || empty,
                std::string(name) + ": the last axis must be contiguous");
   }
   operator kvpo::HeadVectors() const {
@@ -52,7 +53,8 @@ RoutedAttentionForward arguments(const py::capsule& q, const py::capsule& k_pool
              "wrong rank");
   const int64_t B = q_view.size(0), Q = q_view.size(1), H = q_view.size(2), D = q_view.size(3);
   const int64_t F = pool.size(0), T = pool.size(1), Hkv = pool.size(2), L = live.size(1);
-  KVPO_CHECK(D % 16 == 0 && D <= 256 && Hkv > 0 && H % Hkv == 0, "unsupported heads or head size");
+  KVPO_CHECK(D > 0 && D % 16 == 0 && D <= 256 && Hkv > 0 && H % Hkv == 0,
+             "unsupported heads or head size");
   const kvpo::Float dtype = kvpo::float_of(q_view, "q");
 
   RoutedAttentionForward a{};
