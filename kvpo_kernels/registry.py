@@ -109,7 +109,7 @@ def _watched(args: tuple[Any, ...]) -> bool:
 
 def _promised(args: tuple[Any, ...]) -> bool:
     """Whether some tensor's memory is not what it stands for: the dispatcher will make it so."""
-    for a in args:  # a loop, for half the time of `any`
+    for a in args:  # noqa: SIM110 - half the time of `any`
         if type(a) in _TENSORS and (a.is_neg() or a._is_zerotensor()):
             return True
     return False
