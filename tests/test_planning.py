@@ -1,12 +1,14 @@
 """The planner: the released code's lists, and what the other selections promise."""
 
+import dataclasses
 import itertools
+import random
 import statistics
 
 import pytest
 import torch
 
-from kvpo_kernels import HistoryRouting, plan_history_routing
+from kvpo_kernels import ContrastiveObjective, HistoryRouting, plan_history_routing
 from kvpo_kernels.errors import ConfigError
 from kvpo_kernels.history.planning import eligible_starts
 
@@ -32,6 +34,108 @@ def test_candidates_of_the_release() -> None:
     plan = plan_history_routing(MEMFLOW, sample=1)
     assert plan.candidates == list(range(min(plan.start_frame, 33) - 3))
     assert all(len(branch) == 9 for branch in plan.selected)
+
+
+def released_plan(
+    r: HistoryRouting, frames: int, seed: int
+) -> tuple[list[int], int, list[list[int]]] | None:
+    """The released planner, restated from KVPO_SPEC 3.1 in its own order: starts, start, branches;
+    None where there is none."""
+
+    def pool_of(start: int) -> range:
+        if r.variant == "memflow":
+            return range(max(0, min(start, r.cache_frames) - r.nearest_frames))
+        last = start + (r.perturbed_blocks - 1) * r.block_frames
+        oldest = last - (r.cache_frames - r.sink_frames)
+        return range(max(r.sink_frames, oldest), start - r.nearest_frames)
+
+    fixed = r.nearest_frames + (r.sink_frames if r.variant == "longlive" else 0)
+    n = max(0, r.window_frames - fixed)
+    starts, chunk, position = [], 0, 0
+    while position < frames and chunk < r.first_chunks:
+        length = min(r.min_new_frames if chunk else r.chunk_frames, frames - position)
+        blocks = length // r.block_frames
+        starts += [
+            position + b * r.block_frames
+            for b in range(blocks - r.perturbed_blocks + 1)
+            if position + b * r.block_frames >= r.window_frames
+            and len(pool_of(position + b * r.block_frames)) >= n
+        ]
+        position, chunk = position + length, chunk + 1
+    if not starts:
+        return None
+    draw = torch.Generator().manual_seed(seed)
+    start = starts[int(torch.randint(0, len(starts), (1,), generator=draw))]
+    pool = pool_of(start)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed + 1)).tolist()
+    step = max(1, len(pool) // r.num_branches)
+    rows = [[order[(g * step + i) % len(pool)] for i in range(n)] for g in range(r.num_branches)]
+    return starts, start, [sorted(pool[i] for i in row) for row in rows]
+
+
+def test_plans_of_any_configuration_are_those_of_the_released_planner() -> None:
+    draw, planned = random.Random(0), 0
+    for _ in range(1500):
+        pick = draw.choice
+        r = HistoryRouting(
+            num_branches=pick([1, 2, 3, 8, 11]),
+            window_frames=pick([7, 9, 12, 15, 20]),
+            sink_frames=pick([0, 1, 3]),
+            nearest_frames=pick([3, 4, 5, 6]),
+            perturbed_blocks=pick([1, 3, 5, 6]),
+            cache_frames=pick([12, 18, 33]),
+            chunk_frames=pick([12, 18, 21]),
+            min_new_frames=pick([9, 15, 18]),
+            first_chunks=pick([1, 3, 7]),
+            variant=pick(["longlive", "memflow"]),
+        )
+        frames, sample = pick([40, 57, 58, 60, 147]), draw.randrange(50)
+        expected = released_plan(r, frames, 5 + 97 * sample)
+        if expected is None:
+            with pytest.raises(ConfigError, match="no eligible start"):
+                plan_history_routing(r, frames, seed=5, sample=sample)
+            continue
+        plan = plan_history_routing(r, frames, seed=5, sample=sample)
+        assert (eligible_starts(r, frames), plan.start_frame, plan.selected) == expected
+        assert plan.end_frame == plan.start_frame + 3 * r.perturbed_blocks
+        planned += 1
+    assert 300 < planned < 1200
+
+
+def test_the_released_defaults() -> None:
+    """Of KVPO_SPEC: a change of one is a change of the method."""
+    assert dataclasses.asdict(HistoryRouting()) == {
+        "num_branches": 8,
+        "window_frames": 12,
+        "sink_frames": 3,
+        "nearest_frames": 4,
+        "block_frames": 3,
+        "perturbed_blocks": 5,
+        "cache_frames": 33,
+        "chunk_frames": 21,
+        "min_new_frames": 18,
+        "first_chunks": 7,
+        "variant": "longlive",
+        "selection": "official",
+        "slot_mapping": "exact",
+    }
+    assert dataclasses.asdict(ContrastiveObjective()) == {
+        "clip_range_low": 0.1,
+        "clip_range_high": 0.2,
+        "kl_coef": 10.0,
+        "protect": "mechanism_2",
+        "log_ratio_clamp": 20.0,
+        "min_update_entropy_ratio": 0.0,
+    }
+
+
+def test_memflow_routes_slots_whatever_the_mapping() -> None:
+    for sample in range(40):
+        plan, exact = (
+            plan_history_routing(dataclasses.replace(MEMFLOW, slot_mapping=m), sample=sample)
+            for m in ("official", "exact")
+        )
+        assert plan == exact and plan.attended == plan.selected
 
 
 def test_official_draws_are_those_of_the_released_planner() -> None:

@@ -1,5 +1,8 @@
 """The reward heads and the judge order obvious cases right, on the shipped models."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from kvpo_trainer.data import DataConfig, Prompt, digit_bank, make_clips, split_prompts
@@ -125,3 +128,31 @@ def test_training_of_the_models_is_reproducible() -> None:
     for a, b, c in zip(one, two, other, strict=True):
         for x, y, z in zip(a.parameters(), b.parameters(), c.parameters(), strict=True):
             assert torch.equal(x, y) and not torch.equal(x, z)
+
+
+def moved(blob: Tensor, steps: list[list[int]]) -> Tensor:
+    """A video `[1, T, H, W]` of a frame that is shifted by each step, (rows, columns)."""
+    frames = [blob]
+    for step in steps:
+        frames.append(frames[-1].roll(step, (0, 1)))
+    return torch.stack(frames)[None]
+
+
+def test_mq_and_ta_are_their_formulas(weights: Weights, real: tuple[list[Prompt], Tensor]) -> None:
+    prompt, blob = real[0][0], real[1][0, 0]
+    data = replace(weights.config.data, turn_blocks=(2, 4))
+    # One change of speed by a pixel among three.
+    got = weights.reward_model(moved(blob, [[0, 1], [0, 1], [0, 2], [0, 2]]), [prompt], 0, data)
+    assert float(got.mq) == pytest.approx((2 + math.exp(-0.5)) / 3, abs=1e-3)
+
+    targets = target_velocities([prompt], 0, 21, data)[0]
+    before, after = targets[0, 0], targets[0, -1]
+    assert not torch.equal(before, after)
+    assert torch.equal(before, targets[1, 0]) and torch.equal(after, targets[1, -1])
+    for turn, hit in ((8, 1.0), (10, 1.0), (2, None), (18, None)):  # it may come from 6 to 12
+        steps = [(before if f < turn else after).tolist() for f in range(20)]
+        video = moved(blob, steps)
+        ta = float(weights.reward_model(video, [prompt], 0, data).ta)
+        p = weights.reward_model.classifier(video[0]).softmax(-1)[:, prompt.digit]
+        motion = 2 * ta - float(p.detach().mean())
+        assert motion == pytest.approx(1, abs=1e-3) if hit else motion < 0.9, turn

@@ -5,7 +5,7 @@ from kvpo_trainer.generator import Generator
 from kvpo_trainer.rollout import EXPLORATION, Rollout, chunk_bounds, replay, roll_out
 from kvpo_trainer.sampling import draw_noise, sample_videos
 
-from kvpo_kernels import HistoryRouting
+from kvpo_kernels import HistoryRouting, Timeline
 
 PROMPTS = all_prompts()[3::70]
 ROUTING = HistoryRouting(num_branches=4)
@@ -110,3 +110,63 @@ def test_every_named_exploration_rolls_out(generator: Generator, name: str) -> N
     )
     assert rollout.chunk.shape[1] == 9
     assert not torch.equal(rollout.chunk[:, 0], rollout.chunk[:, -1])
+
+
+@pytest.mark.parametrize("slot_mapping", ["exact", "official"])
+def test_every_block_reads_its_route_and_the_context_pass_too(
+    slot_mapping: str, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame_of: dict[int, int] = {}
+    passes: list[tuple[int, float, list[list[int]], torch.Tensor]] = []
+    slot, stream = Timeline.slot, Generator.stream
+
+    def looked_up(self: Timeline, frame: int) -> int:
+        frame_of[slot(self, frame)] = frame
+        return slot(self, frame)
+
+    def seen(self: Generator, x, sigma, text, first, pool, table, write_slots=None):
+        assert (write_slots is not None) == (sigma == 0.0)
+        frames = [[frame_of[s] for s in row] for row in table.tolist()]
+        passes.append((first, sigma, frames, x))
+        return stream(self, x, sigma, text, first, pool, table, write_slots)
+
+    monkeypatch.setattr(Timeline, "slot", looked_up)
+    monkeypatch.setattr(Generator, "stream", seen)
+    routing = HistoryRouting(num_branches=4, slot_mapping=slot_mapping)
+    starts = set()
+    for context in range(6):
+        passes.clear()
+        rng = torch.Generator().manual_seed(7)
+        rollout = roll_out(
+            generator, PROMPTS, routing, seed=0, seed_context=context, rng=rng, whole_video=True
+        )
+        fork, n = rollout.start_frame, len(PROMPTS)
+        starts.add(fork)
+        assert [(first, sigma) for first, sigma, *_ in passes] == [
+            (first, sigma)
+            for first in range(0, 57, 3)
+            for sigma in (1.0, 0.9375, 5 / 6, 0.625, 0.0)
+        ]
+        late = 3 if slot_mapping == "official" and fork >= 39 else 0
+        routes = [  # of each prompt, and of the window of the fifteen frames from the fork
+            [[0, 1, 2, *(f + late for f in selected)] for selected in plan.selected]
+            for plan in rollout.plans
+        ]
+        assert routes[0] != routes[1]
+        for first, sigma, frames, x in passes:
+            window = sorted({*range(min(3, first)), *range(max(0, first - 6), first)})
+            if first < fork:
+                assert frames == [window] * n
+                continue
+            routed = fork <= first < fork + 15
+            expected = []
+            for of_prompt in routes:
+                expected += [[*r, first - 1] if routed else window for r in of_prompt]
+                expected.append(window)  # the anchor
+            assert frames == expected, first
+            k = (first - fork) // 3
+            if sigma == 0.0 and k < rollout.x0.shape[1]:
+                branches = x.unflatten(0, (n, 5))[:, :4].flatten(0, 1)
+                mixed = (1 - 0.00498) * rollout.x0[:, k, -1] + 0.00498 * rollout.context_noise[:, k]
+                assert torch.equal(branches, mixed)
+    assert len(starts) > 2 and max(starts) >= 39
