@@ -108,15 +108,19 @@ def controls(path: Path, data: dict[str, Any], options: str) -> list[str]:
         " difference over the same held-out prompts and noise ± its standard error over the seeds,"
         " and the mean in standard errors.",
         "",
-        "| measure | towards +reward minus towards -reward | real minus shuffled advantages |",
-        "|---|---|---|",
     ]
-    for measure, signed in data["signed"].items():
-        cells = [
-            f"{g['mean']:+.3f} ± {g['error']:.3f} ({g['errors']:.1f})"
-            for g in (signed, data["plus_minus_shuffled"][measure])
-        ]
-        lines.append(f"| {measure} | {cells[0]} | {cells[1]} |")
+    columns = {
+        "towards +reward minus towards -reward": "signed",
+        "real minus shuffled advantages": "plus_minus_shuffled",
+        "real minus start": "plus_minus_start",
+        "shuffled minus start": "shuffled_minus_start",
+    }
+    shown = {title: name for title, name in columns.items() if name in data}
+    lines += [f"| measure | {' | '.join(shown)} |", "|---" * (1 + len(shown)) + "|"]
+    for measure in data["signed"]:
+        gaps = (data[name][measure] for name in shown.values())
+        cells = [f"{g['mean']:+.3f} ± {g['error']:.3f} ({g['errors']:.1f})" for g in gaps]
+        lines.append(f"| {measure} | {' | '.join(cells)} |")
     word = "holds" if data["passed"] else "does **not** hold"
     lines += [
         "",

@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--processes", type=int, default=2)
     sub.add_argument("--record", type=Path, help="also write the summary there")
     sub = command("verify-arm", _verify_arm, "one arm of `verify`")
-    sub.add_argument("--arm", choices=verify.ARMS, required=True)
+    sub.add_argument("--arm", choices=(*verify.ARMS, verify.START), required=True)
     sub.add_argument("--seed", type=int, required=True)
     sub.add_argument("--out", type=Path, required=True)
     return parser

@@ -116,7 +116,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "kvpo.global_weight": (0, _ANY),
     "kvpo.advantage_clamp": (_POSITIVE, _ANY),
     "kvpo.reward_sign": (-1, 1),
-    "kvpo.routing.num_branches": (2, _ANY),  # the advantage of one is not defined
+    "kvpo.routing.num_branches": (2, _ANY),  # one branch has no gradient
     "data.frames": (1, 1024),  # of the generator's rotary table
     "data.block_frames": (1, _ANY),
     "data.canvas": (DIGIT_PIXELS, 1024),

@@ -17,7 +17,9 @@ from kvpo_trainer.generator import Contexts, Generator, GeneratorConfig
 from kvpo_trainer.sampling import LOCAL_FRAMES, SIGMAS, SINK_FRAMES
 
 ROUTED_FRAMES = 5
-ROUTED_SPAN = 18  # how far back the routed frames of the released planner reach
+# How far back the routed frames of the released planner reach from the block of the fork; from the
+# last perturbed one they lie up to 30 back, which the shipped weights have not seen.
+ROUTED_SPAN = 18
 
 
 @dataclass(frozen=True)

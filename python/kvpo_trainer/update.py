@@ -176,6 +176,9 @@ class Trainer:
             "safe_share": sum(safe) / n,
             # Groups whose rewards are all equal teach nothing.
             "zero_std_groups": float((local.amax(-1) == local.amin(-1)).all(0).sum()),
+            # The clamp makes them equal where all branches are far below the anchor: no order.
+            "equal_advantage_groups": float((advantages == advantages[:, :1]).all(1).sum()),
+            "clamped_share": float((advantages.abs() >= config.advantage_clamp).float().mean()),
             "seconds_rollout": rolled - started,
             "seconds_update": time.perf_counter() - rolled,
         }

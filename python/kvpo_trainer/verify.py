@@ -2,9 +2,9 @@
 
 Per training seed three arms start from the shipped weights: towards +reward, towards -reward, and
 towards +reward with advantages shuffled within each prompt. All are evaluated on the same held-out
-prompts and noise. The *signed gap* is the mean reward of the first arm minus that of the second:
-drift that has nothing to do with the reward cancels. The control shows how much of the first arm's
-change is drift.
+prompts and noise, and so are the weights they start from. The *signed gap* is the mean reward of
+the first arm minus that of the second: drift that has nothing to do with the reward cancels. How
+far the control has come from the start is drift, and what groups of equal advantages say.
 """
 
 import datetime
@@ -29,6 +29,7 @@ from kvpo_trainer.update import Trainer
 from kvpo_trainer.weights import load_weights
 
 ARMS = ("plus", "minus", "shuffled")
+START = "start"  # no training at all; once, under the first seed
 REQUIRED_ERRORS = 4.0  # standard errors over the training seeds
 
 
@@ -60,7 +61,7 @@ class VerifyError(RuntimeError):
 
 
 def run_arm(config: RunConfig, arm: str, seed: int, out: Path, noises: int = 2) -> None:
-    """Train one arm and write its per-prompt scores to `out`."""
+    """Train one arm, `START` not at all, and write its per-prompt scores to `out`."""
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # two arms run side by side
     weights = load_weights()
@@ -76,7 +77,8 @@ def run_arm(config: RunConfig, arm: str, seed: int, out: Path, noises: int = 2) 
     )
     started = time.perf_counter()
     trainer = Trainer(weights.generator, weights.reward_model, train, kvpo, seed)
-    history = [trainer.step().metrics for _ in range(config.train.iterations)]
+    iterations = 0 if arm == START else config.train.iterations
+    history = [trainer.step().metrics for _ in range(iterations)]
     trained = time.perf_counter() - started
 
     def scores(evaluation: Evaluation) -> dict[str, list[float]]:
@@ -126,7 +128,7 @@ def run_all(
     """
     _check(config)
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(arm, seed) for seed in seeds for arm in ARMS]
+    jobs = [(START, seeds[0]), *((arm, seed) for seed in seeds for arm in ARMS)]
     waiting = [job for job in jobs if not _result(folder, *job).exists()]
     for job in jobs:
         path = _result(folder, *job)
@@ -176,21 +178,30 @@ def summarise(
     """The gaps of every measure, and whether the signed test holds."""
     measures = list(results["plus", seeds[0]]["scores"])
 
+    def mean_of(arm: str, seed: int, measure: str) -> float:
+        record = results[arm, seeds[0] if arm == START else seed]
+        return statistics.fmean(record["scores"][measure])
+
     def gap(first: str, second: str, measure: str) -> Gap:
-        means = lambda arm, seed: statistics.fmean(results[arm, seed]["scores"][measure])
-        return Gap([means(first, seed) - means(second, seed) for seed in seeds])
+        return Gap([mean_of(first, s, measure) - mean_of(second, s, measure) for s in seeds])
 
     def row(g: Gap) -> dict[str, Any]:
         return {"per_seed": g.per_seed, "mean": g.mean, "error": g.error, "errors": g.errors}
 
-    signed = {m: row(gap("plus", "minus", m)) for m in measures}
-    control = {m: row(gap("plus", "shuffled", m)) for m in measures}
+    gaps = {
+        name: {m: row(gap(*arms, m)) for m in measures}
+        for name, arms in {
+            "signed": ("plus", "minus"),
+            "plus_minus_shuffled": ("plus", "shuffled"),
+            "plus_minus_start": ("plus", START),
+            "shuffled_minus_start": ("shuffled", START),
+        }.items()
+    }
     return {
         "test": "signed: reward of +reward training minus reward of -reward training",
         "required_errors": REQUIRED_ERRORS,
-        "passed": signed["reward"]["errors"] > REQUIRED_ERRORS,
-        "signed": signed,
-        "plus_minus_shuffled": control,
+        "passed": gaps["signed"]["reward"]["errors"] > REQUIRED_ERRORS,
+        **gaps,
         "seeds": list(seeds),
         "iterations": config.train.iterations,
         "config": to_mapping(config),
@@ -206,13 +217,22 @@ def summarise(
 
 def table(summary: dict[str, Any]) -> str:
     """The gaps as text."""
-    lines = [f"{'':14}{'+reward - (-reward)':>26}{'real - shuffled':>26}"]
-    for measure, signed in summary["signed"].items():
-        cells = [
-            f"{g['mean']:+.4f} ± {g['error']:.4f} ({g['errors']:.1f})"
-            for g in (signed, summary["plus_minus_shuffled"][measure])
-        ]
-        lines.append(f"{measure:14}{cells[0]:>26}{cells[1]:>26}")
+    columns = {
+        "+reward - (-reward)": "signed",
+        "real - shuffled": "plus_minus_shuffled",
+        "real - start": "plus_minus_start",
+        "shuffled - start": "shuffled_minus_start",
+    }
+    routing = summary["config"]["kvpo"]["routing"]
+    shown = ", ".join(f"{k} {v}" for k, v in routing.items() if k != "num_branches")
+    lines = [
+        f"routing of {routing['num_branches']} branches: {shown}",
+        f"{'':14}" + "".join(f"{title:>26}" for title in columns),
+    ]
+    for measure in summary["signed"]:
+        gaps = [summary[name][measure] for name in columns.values()]
+        cells = [f"{g['mean']:+.4f} ± {g['error']:.4f} ({g['errors']:.1f})" for g in gaps]
+        lines.append(f"{measure:14}" + "".join(f"{cell:>26}" for cell in cells))
     lines.append("mean ± standard error over the training seeds (in standard errors)")
     word = "holds" if summary["passed"] else "does NOT hold"
     lines.append(f"signed test (> {REQUIRED_ERRORS:g} standard errors): {word}")

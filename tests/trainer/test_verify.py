@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from kvpo_trainer import verify
 from kvpo_trainer.config import RunConfig, load_config, to_mapping
-from kvpo_trainer.verify import ARMS, Gap, VerifyError
+from kvpo_trainer.verify import ARMS, START, Gap, VerifyError
 from kvpo_trainer.weights import load_weights
 
 
@@ -21,7 +21,7 @@ def results(values: dict[str, list[float]]) -> dict[tuple[str, int], dict]:
         (arm, seed): {"weights": "w", "scores": {"reward": [v - 0.1, v + 0.1], "vq": [v, v]}}
         for arm, per_seed in values.items()
         for seed, v in enumerate(per_seed)
-    }
+    } | {(START, 0): {"weights": "w", "scores": {"reward": [0.4, 0.6], "vq": [0.5, 0.5]}}}
 
 
 def test_gap() -> None:
@@ -51,7 +51,11 @@ def test_the_signed_test(plus: list[float], passed: bool) -> None:
     assert summary["signed"]["reward"]["per_seed"] == pytest.approx([p - 1.0 for p in plus])
     control = summary["plus_minus_shuffled"]["reward"]
     assert control["per_seed"] == pytest.approx([p - 1.1 for p in plus])
+    names = ("plus_minus_start", "shuffled_minus_start")
+    away = [summary[name]["reward"]["per_seed"] for name in names]
+    assert away[0] == pytest.approx([p - 0.5 for p in plus]) and away[1] == pytest.approx([0.6] * 3)
     text = verify.table(summary)
+    assert "routing of 8 branches: window_frames 12" in text and "shuffled - start" in text
     assert ("holds" in text and "NOT" not in text) is passed
     json.dumps(summary)
 
@@ -62,9 +66,11 @@ def test_an_arm(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     settings = ["kvpo.prompts_per_step=1", "train.iterations=2", "train.evaluation_prompts=2"]
     config = load_config(None, settings)
     records = {}
-    for arm in ARMS:
+    for arm in (*ARMS, START):
         verify.run_arm(config, arm, 5, tmp_path / f"{arm}.json", noises=1)
         records[arm] = json.loads((tmp_path / f"{arm}.json").read_text())
+    start = records.pop(START)
+    assert start["history"] == [] and start["scores"] != records["plus"]["scores"]
     for arm, record in records.items():
         assert (record["arm"], record["seed"]) == (arm, 5)
         assert len(record["history"]) == 2 and len(record["scores"]["reward"]) == 2
@@ -94,11 +100,11 @@ def writer(config: RunConfig):
 def test_arms_run_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = RunConfig()
     got = verify.run_all(writer(config), [1, 2], tmp_path, config, "w")
-    assert set(got) == {(arm, seed) for arm in ARMS for seed in (1, 2)}
+    assert set(got) == {(START, 1), *((arm, seed) for arm in ARMS for seed in (1, 2))}
     assert got["minus", 2]["arm"] == "minus"
     fail = lambda arm, seed, out: [sys.executable, "-c", "raise SystemExit(3)"]
     assert verify.run_all(fail, [1, 2], tmp_path, config, "w") == got  # all there: nothing is run
-    assert f"6 arms have a result in {tmp_path} already" in capsys.readouterr().out
+    assert f"7 arms have a result in {tmp_path} already" in capsys.readouterr().out
 
 
 def test_arms_stop_after_iterations_not_minutes(tmp_path: Path) -> None:
@@ -114,9 +120,9 @@ def test_results_of_another_configuration_are_refused(tmp_path: Path) -> None:
     config = RunConfig()
     verify.run_all(writer(config), [1], tmp_path, config, "w")
     other = load_config(None, ["kvpo.learning_rate=1e-5"])
-    with pytest.raises(VerifyError, match=r"plus-1.json is of other weights"):
+    with pytest.raises(VerifyError, match=r"start-1.json is of other weights"):
         verify.run_all(writer(config), [1], tmp_path, config, "v")
-    with pytest.raises(VerifyError, match=r"plus-1.json is of another configuration"):
+    with pytest.raises(VerifyError, match=r"start-1.json is of another configuration"):
         verify.run_all(writer(other), [1], tmp_path, other, "w")
 
 
