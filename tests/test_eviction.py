@@ -149,13 +149,19 @@ def test_policies_that_cannot_be_meant() -> None:
         text_relevance(torch.zeros(3, H, 8), pool.k(0), [0])
 
 
-def test_asking_a_policy_changes_nothing() -> None:
-    """So several timelines may ask one, and a call that was refused may ask again."""
+def make_branches() -> tuple[FramePool, list[Timeline]]:
+    """Two, of nine common frames."""
     pool, video = make(16)
     for _ in range(3):
         add_block(pool, video)
     branches = video.fork(2)
     video.release()
+    return pool, branches
+
+
+def test_asking_a_policy_changes_nothing() -> None:
+    """So several timelines may ask one, and a call that was refused may ask again."""
+    pool, branches = make_branches()
     policy = TopScored(sink=1, local=2, budget=1)
     policy.observe({f: float(f == 3) for f in range(1, 9)})
     table = pool.routes([b.window(1, 2) for b in branches])
@@ -167,11 +173,7 @@ def test_asking_a_policy_changes_nothing() -> None:
 
 
 def test_advance_asks_each_branch_its_own_policy() -> None:
-    pool, video = make(16)
-    for _ in range(3):
-        add_block(pool, video)
-    branches = video.fork(2)
-    video.release()
+    pool, branches = make_branches()
     policies = [TopScored(sink=1, local=1, budget=1) for _ in branches]
     for policy, best in zip(policies, (2, 5), strict=True):
         policy.observe({f: float(f == best) for f in range(1, 9)})

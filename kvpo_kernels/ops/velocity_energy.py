@@ -231,18 +231,22 @@ def velocity_step_weights(
     if not 0 < temperature < float("inf"):
         raise ConfigError(f"temperature must be > 0 and finite, got {temperature}")
     sigma = torch.as_tensor(sigmas, dtype=torch.float64).detach()
-    bad = (~((sigma > 0) & sigma.isfinite())).nonzero().tolist()
-    if bad:
-        steps = [i[0] if len(i) == 1 else i for i in bad]
-        values = [float(sigma[tuple(i)]) for i in bad]
+    steps = _not_positive(sigma)
+    if steps:
+        values = [float(sigma[tuple(i) if isinstance(i, list) else i]) for i in steps]
         raise ShapeError(f"sigmas must be > 0 and finite, got {values} at steps {steps}")
     weight = 0.5 / (sigma.clamp_min(sigma_floor).square() * temperature)
     weight = weight if space == "x0" else weight * sigma.square()
-    bad = (~((weight > 0) & weight.isfinite())).nonzero().tolist()
-    if bad:
-        steps = [i[0] if len(i) == 1 else i for i in bad]
+    steps = _not_positive(weight)
+    if steps:
         raise ShapeError(f"sigmas give weights that float64 does not hold at steps {steps}")
     return weight
+
+
+def _not_positive(x: Tensor) -> list[int | list[int]]:
+    """Where elements are not positive and finite: an index, or a list of them."""
+    bad = (~((x > 0) & x.isfinite())).nonzero().tolist()
+    return [i[0] if len(i) == 1 else i for i in bad]
 
 
 def energy_gradient(

@@ -59,10 +59,15 @@ public:
   }
   int32_t device() const { return t_->device.type; }
 
-  const View& contiguous() const {
+  bool empty() const {
     for (int i = 0; i < t_->ndim; ++i)
       if (t_->shape[i] == 0)
-        return *this; // no element, no stride
+        return true;
+    return false;
+  }
+  const View& contiguous() const {
+    if (empty())
+      return *this; // no element, no stride
     int64_t want = 1;
     for (int i = t_->ndim - 1; i >= 0; --i) {
       KVPO_CHECK(t_->shape[i] <= 1 || stride(i) == want, label() + " must be contiguous");

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "dlpack.h"
+#include "pool.h"
 
 namespace py = pybind11;
 using kvpo::NormRopeForward;
@@ -100,9 +101,7 @@ void bind_norm_rope(py::module_& m) {
         w.v_pool = pages(v_pool, "v_pool", w.keys, w.frame_tokens);
         const int64_t slots_of_k = View(k_pool, "k_pool").size(0);
         KVPO_CHECK(slots_of_k == View(v_pool, "v_pool").size(0), "the pools differ in slots");
-        // A compiled graph has not looked at their values.
-        for (int64_t i = 0; i < s.rows * table.size(1); ++i)
-          KVPO_CHECK(w.slots[i] >= 0 && w.slots[i] < slots_of_k, "a slot is outside the pool");
+        kvpo::check_slots(w.slots, s.rows * table.size(1), slots_of_k);
         py::gil_scoped_release unlocked;
         kvpo::cpu::norm_rope_write(w);
       },

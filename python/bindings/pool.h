@@ -24,4 +24,10 @@ inline Page page_of(const dlpack::View& pool) {
   return pool.is(kInt, 8) ? Page::kInt8 : pool.is(kUint, 8) ? Page::kFloat8 : Page::kAsQueries;
 }
 
+// Where frames are about to be written: a compiled graph has not looked at the values.
+inline void check_slots(const int64_t* slots, int64_t count, int64_t pool_slots) {
+  for (int64_t i = 0; i < count; ++i)
+    KVPO_CHECK(slots[i] >= 0 && slots[i] < pool_slots, "a slot is outside the pool");
+}
+
 } // namespace kvpo

@@ -26,8 +26,7 @@ public:
                    (page != kvpo::Page::kAsQueries || kvpo::float_of(view_, "q") == dtype),
                std::string(name) + " has another dtype than q");
     KVPO_CHECK(view_.device() == kvpo::dlpack::kCpu, std::string(name) + " is not on the CPU");
-    const bool empty = !(view_.size(0) && view_.size(1) && view_.size(2) && view_.size(3));
-    KVPO_CHECK(view_.stride(3) == 1 || view_.size(3) == 1 || empty,
+    KVPO_CHECK(view_.stride(3) == 1 || view_.size(3) == 1 || view_.empty(),
                std::string(name) + ": the last axis must be contiguous");
   }
   operator kvpo::HeadVectors() const {

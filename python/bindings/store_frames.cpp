@@ -36,8 +36,7 @@ void bind_store_frames(py::module_& m) {
                        .expect({pages.size(0), a.heads})
                        .data<float>(kFloat);
         a.slots = table.contiguous().expect({a.count}).data<int64_t>(kInt);
-        for (int64_t i = 0; i < a.count; ++i)
-          KVPO_CHECK(a.slots[i] >= 0 && a.slots[i] < pages.size(0), "a slot is outside the pool");
+        kvpo::check_slots(a.slots, a.count, pages.size(0));
         py::gil_scoped_release unlocked;
         kvpo::cpu::store_frames(a);
       },
