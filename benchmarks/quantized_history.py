@@ -18,12 +18,12 @@ from kvpo_trainer.data import split_prompts
 from kvpo_trainer.evaluation import Evaluation, evaluate, paired_difference
 from kvpo_trainer.generator import Generator, History
 from kvpo_trainer.rewards import RewardConfig
-from kvpo_trainer.rollout import EXPLORATION, Rollout, replay, roll_out
+from kvpo_trainer.rollout import Rollout, replay, roll_out
 from kvpo_trainer.weights import load_weights
 from run import environment
 from torch import Tensor
 
-from kvpo_kernels import FramePool, RouteTable, quantize_frames, routed_attention
+from kvpo_kernels import FramePool, HistoryRouting, RouteTable, quantize_frames, routed_attention
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
@@ -122,9 +122,7 @@ def measure(quick: bool) -> dict[str, Any]:
         some = train[4 * i : 4 * i + 4]
         context = (i + 1) * 1_000_003
         rollouts.append(
-            roll_out(
-                generator, some, EXPLORATION["official"], seed=0, seed_context=context, rng=rng
-            )
+            roll_out(generator, some, HistoryRouting(), seed=0, seed_context=context, rng=rng)
         )
     exact = scores(generator, rollouts, "float32")
     result: dict[str, Any] = {

@@ -119,10 +119,21 @@ def eligible_starts(routing: HistoryRouting, video_frames: int) -> list[int]:
             if (
                 start >= routing.window_frames
                 and block + routing.perturbed_blocks <= blocks
-                and len(_candidates(routing, start)) >= routing.routed_frames
+                and len(candidate_frames(routing, start)) >= routing.routed_frames
             ):
                 starts.append(start)
     return starts
+
+
+def candidate_frames(routing: HistoryRouting, start: int) -> list[int]:
+    """Frames (longlive) or cache slots (memflow) that the branches of a fork at `start` choose
+    from, ascending."""
+    if routing.variant == "memflow":
+        return list(range(max(0, min(start, routing.cache_frames) - routing.nearest_frames)))
+    # Frames that are still cached when the last perturbed block is generated.
+    last_block = start + (routing.perturbed_blocks - 1) * routing.block_frames
+    oldest = last_block - (routing.cache_frames - routing.sink_frames)
+    return list(range(max(routing.sink_frames, oldest), start - routing.nearest_frames))
 
 
 def plan_history_routing(
@@ -164,7 +175,7 @@ def plan_history_routing(
         if start_frame not in starts:
             raise ConfigError(f"start_frame = {start_frame} is not one of the eligible {starts}")
         start = start_frame
-    candidates = _candidates(routing, start)
+    candidates = candidate_frames(routing, start)
     picks = _SELECTIONS[routing.selection](
         len(candidates), routing.routed_frames, routing.num_branches, base + 1
     )
@@ -189,15 +200,6 @@ def _chunks(routing: HistoryRouting, video_frames: int) -> list[tuple[int, int]]
         chunks.append((first, frames))
         first, frames = first + frames, routing.min_new_frames
     return chunks
-
-
-def _candidates(routing: HistoryRouting, start: int) -> list[int]:
-    if routing.variant == "memflow":
-        return list(range(max(0, min(start, routing.cache_frames) - routing.nearest_frames)))
-    # Frames that are still cached when the last perturbed block is generated.
-    last_block = start + (routing.perturbed_blocks - 1) * routing.block_frames
-    oldest = last_block - (routing.cache_frames - routing.sink_frames)
-    return list(range(max(routing.sink_frames, oldest), start - routing.nearest_frames))
 
 
 def _permutation(pool: int, draw: torch.Generator) -> list[int]:

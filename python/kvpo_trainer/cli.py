@@ -1,4 +1,4 @@
-"""`kvpo-train`: pretrain, train, evaluate, sample, verify."""
+"""`kvpo-train`: pretrain, train, evaluate, sample, diversity, verify."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from kvpo_trainer import report, session, verify
+from kvpo_trainer import diversity, report, session, verify
 from kvpo_trainer.checkpoint import CheckpointError, latest_checkpoint
 from kvpo_trainer.config import (
     ConfigurationError,
@@ -28,6 +28,7 @@ from kvpo_trainer.evaluation import Evaluation, evaluate
 from kvpo_trainer.generator import Generator
 from kvpo_trainer.pretrain import pretrain
 from kvpo_trainer.rewards import HEADS, train_reward_models
+from kvpo_trainer.rollout import check_routing
 from kvpo_trainer.update import StepResult, Trainer
 from kvpo_trainer.weights import SHIPPED, Weights, fill, load_weights, save_weights
 
@@ -101,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("prompts", nargs="+", help='such as "a 3 moves left slowly, then turns up"')
     sub.add_argument("--out", type=Path, required=True)
     policy_of(sub, "sampled")
+    sub = command("diversity", _diversity, "how different the branches are, beside other noise")
+    policy_of(sub, "rolled out")
+    sub.add_argument("--rollouts", type=int, default=20)
+    sub.add_argument("--record", type=Path, help="also write the numbers there")
     sub = command("verify", _verify, "does it learn: signed test and shuffled-advantage control")
     sub.add_argument("--out", type=Path, default=Path("runs/verify"))
     sub.add_argument("--seeds", type=int, default=3)
@@ -308,6 +313,29 @@ def _sample(options: argparse.Namespace, config: RunConfig) -> int:
         path = options.out / f"{i:02d}-{prompt.text.replace(',', '').replace(' ', '-')}.gif"
         path.write_bytes(report.gif(result.videos[i]))
         print(path)
+    return 0
+
+
+def _diversity(options: argparse.Namespace, config: RunConfig) -> int:
+    if options.rollouts < 1:
+        raise ConfigurationError(f"--rollouts must be at least 1, got {options.rollouts}")
+    weights, config = _policy(options, config)
+    check_routing(config.kvpo.routing, weights.config.data)
+    found = diversity.measure(
+        weights.generator,
+        weights.reward_model,
+        config.kvpo.rewards,
+        config.kvpo.routing,
+        split_prompts()[0],
+        config.kvpo.prompts_per_step,
+        options.rollouts,
+        config.seed,
+    )
+    summary = diversity.summarise(found, config)
+    if options.record is not None:
+        options.record.parent.mkdir(parents=True, exist_ok=True)
+        options.record.write_text(json.dumps(summary, indent=1) + "\n")
+    print(diversity.table(summary))
     return 0
 
 

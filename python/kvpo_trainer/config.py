@@ -233,6 +233,11 @@ def dump_yaml(config: Any) -> str:
     return yaml.safe_dump(to_mapping(config), sort_keys=False)
 
 
+def routing_text(routing: Mapping[str, Any]) -> str:
+    """A routing of `to_mapping` in one line."""
+    return ", ".join(f"{k} {v}" for k, v in routing.items() if k != "num_branches")
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number, as in YAML 1.2, and a key may come once only.
 

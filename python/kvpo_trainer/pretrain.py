@@ -12,14 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from kvpo_kernels import HistoryRouting
+from kvpo_kernels.history.planning import candidate_frames
 from kvpo_trainer.data import DataConfig, all_prompts, make_clips, patchify, tokenize
 from kvpo_trainer.generator import Contexts, Generator, GeneratorConfig
 from kvpo_trainer.sampling import LOCAL_FRAMES, SIGMAS, SINK_FRAMES
-
-ROUTED_FRAMES = 5
-# How far back the routed frames of the released planner reach from the block of the fork; from the
-# last perturbed one they lie up to 30 back, which the shipped weights have not seen.
-ROUTED_SPAN = 18
 
 
 @dataclass(frozen=True)
@@ -63,15 +60,27 @@ def normal_contexts(rows: int, data: DataConfig) -> Contexts:
 
 
 def training_contexts(rows: int, data: DataConfig, share: float, rng: torch.Generator) -> Contexts:
-    """Normal contexts, a share of them replaced by sink, random old frames and the previous one."""
+    """Normal contexts, a share of them replaced by what a branch of the released routing sees.
+
+    That is the sink, frames drawn from those of a fork, and the previous frame; the block is any of
+    those that the fork perturbs, so the frames are up to 30 old.
+    """
+    routing = HistoryRouting()
+    n = routing.routed_frames
     contexts = normal_contexts(rows, data)
     for k in range(contexts.frames.shape[1]):
         f = k * data.block_frames
-        low = max(SINK_FRAMES, f - ROUTED_SPAN)
-        if f - 1 - low < ROUTED_FRAMES:
+        forks = [f - p * data.block_frames for p in range(routing.perturbed_blocks)]
+        pools = [candidate_frames(routing, fork) for fork in forks if fork >= routing.window_frames]
+        pools = [pool for pool in pools if len(pool) >= n]
+        if not pools:
             continue
-        draw = torch.rand(rows, f - 1 - low, generator=rng)
-        old = draw.topk(ROUTED_FRAMES, dim=1).indices.sort(dim=1).values + low
+        in_pool = torch.zeros(len(pools), f, dtype=torch.bool)
+        for i, pool in enumerate(pools):
+            in_pool[i, pool] = True
+        which = torch.randint(len(pools), (rows,), generator=rng)
+        draw = torch.rand(rows, f, generator=rng).where(in_pool[which], -1.0)
+        old = draw.topk(n, dim=1).indices.sort(dim=1).values
         sink = torch.arange(SINK_FRAMES).expand(rows, -1)
         routed = torch.cat([sink, old, torch.full((rows, 1), f - 1)], dim=1)
         chosen = torch.rand(rows, generator=rng) < share

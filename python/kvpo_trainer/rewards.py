@@ -19,6 +19,8 @@ from kvpo_trainer.data import DIRECTIONS, SPEEDS, DataConfig, Prompt, digit_bank
 
 NO_DIGIT = 10  # the classifier's class of blurs, mixtures, noise and empty frames
 HEADS = ("vq", "mq", "ta")
+DIGIT_INK = 8.0  # first Fourier amplitude of the faintest digit; those of the data set have 9.6 on
+FAINTEST = 0.6  # of a digit's ink, what classifier and judge are trained to know it by
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,18 @@ class RewardModel(nn.Module):
         p = self.classifier(videos.flatten(0, 1)).softmax(-1).view(B, T, -1)
         digits = torch.tensor([prompt.digit for prompt in prompts])
         asked = p.gather(2, digits[:, None, None].expand(B, T, 1))[..., 0].mean(1)
-        velocity = phase_velocity(videos)
+        velocity, ink = phase_velocity(videos)
         jerk = (velocity[:, 1:] - velocity[:, :-1]).norm(dim=-1)
+        # A step counts as motion if something is there, in both frames, and is not where it was.
+        there = (ink / DIGIT_INK).clamp(max=1)
+        there = torch.minimum(there[:, 1:], there[:, :-1]).amin(-1)
+        moves = there * (1 - torch.exp(-velocity.square().sum(-1) / (2 * 0.25**2)))
         targets = target_velocities(prompts, first_frame, T, data).float()
         miss = (velocity[:, None] - targets).square().sum(-1).amin(1)
         return Rewards(
             vq=p[..., :NO_DIGIT].amax(-1).mean(1),
-            mq=torch.exp(-jerk.square() / 2).mean(1),  # a jerk of one pixel per frame^2 is .6
+            # A jerk of one pixel per frame^2 is .6.
+            mq=(torch.exp(-jerk.square() / 2) * torch.minimum(moves[:, 1:], moves[:, :-1])).mean(1),
             ta=0.5 * asked + 0.5 * torch.exp(-miss / (2 * 0.5**2)).mean(1),
         )
 
@@ -157,16 +164,22 @@ def target_velocities(
     return torch.stack(both)
 
 
-def phase_velocity(videos: Tensor) -> Tensor:
-    """Motion of the ink, pixels per frame `[B, T - 1, 2]`: the turn of its first Fourier phase."""
+def phase_velocity(videos: Tensor) -> tuple[Tensor, Tensor]:
+    """Motion of the ink by the turn of its first Fourier phase.
+
+    Returns:
+        Pixels per frame `[B, T - 1, 2]`, and the amplitudes `[B, T, 2]` that the phases belong to,
+        in pixels of full ink: near 0 where nothing is seen, or no thing in one place.
+    """
     ink, n = _ink(videos), videos.shape[-1]
     wave = torch.exp(-2j * math.pi * torch.arange(n) / n)
-    steps = []
+    steps, amplitudes = [], []
     for other_axis in (-1, -2):  # rows: summed over columns
         phase = (ink.sum(other_axis).to(wave.dtype) * wave).sum(-1)
         turn = torch.angle(phase[:, 1:] * phase[:, :-1].conj())
         steps.append(-turn * n / (2 * math.pi))
-    return torch.stack(steps, dim=-1)
+        amplitudes.append(phase.abs())
+    return torch.stack(steps, dim=-1), torch.stack(amplitudes, dim=-1)
 
 
 def best_shift(videos: Tensor) -> Tensor:
@@ -211,22 +224,25 @@ def _digit_batch(
         [bank[d][int(u * len(bank[d]))] for d, u in zip(labels.tolist(), picks, strict=True)]
     )
     corner = torch.randint(data.canvas, (n, 1, 2), generator=rng)
-    frames = place(images, corner, data.canvas)[:, 0] * 2 - 1
+    full = FAINTEST + (1 - FAINTEST) * torch.rand(n, 1, 1, generator=rng)
+    frames = place(images * full, corner, data.canvas)[:, 0] * 2 - 1
     noise = torch.rand(n, 1, 1, generator=rng) * 0.3
     return frames + torch.randn(frames.shape, generator=rng) * noise, labels
 
 
 def _with_no_digits(frames: Tensor, labels: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Adds what else a generator may show: mixtures, blurs, nothing, scattered ink, noise."""
+    """Adds what else a generator may show: mixtures, blurs, one grey, scattered ink, noise."""
     n = frames.shape[0] // 6
     mixed = (frames[:n] + frames[n : 2 * n].roll(5, -1)) / 2
     blurred = F.avg_pool2d(frames[:n, None], 5, 1, 2)[:, 0]
-    empty = -1 + 0.3 * torch.randn(frames[:n].shape, generator=rng)
+    level = (3 * torch.rand(n, 1, 1, generator=rng) - 2).clamp(min=-1)  # a third is empty
+    strength = torch.rand(n, 1, 1, generator=rng) * 0.3
+    flat = level + torch.randn(frames[:n].shape, generator=rng) * strength
     order = torch.rand(n, frames[0].numel(), generator=rng).argsort(1)
-    scattered = frames[:n].flatten(1).gather(1, order).view_as(empty)
-    noise = torch.rand(empty.shape, generator=rng) * 2 - 1
+    scattered = frames[:n].flatten(1).gather(1, order).view_as(flat)
+    noise = torch.rand(flat.shape, generator=rng) * 2 - 1
     none = torch.full((5 * n,), NO_DIGIT)
-    return torch.cat([frames, mixed, blurred, empty, scattered, noise]), torch.cat([labels, none])
+    return torch.cat([frames, mixed, blurred, flat, scattered, noise]), torch.cat([labels, none])
 
 
 def _ink(videos: Tensor) -> Tensor:

@@ -33,19 +33,11 @@ from kvpo_trainer.sampling import (
     SIGMAS,
     SINK_FRAMES,
     BlockTrace,
+    advance_block,
     commit_block,
-    denoise_block,
     draw_noise,
     normal_routes,
 )
-
-EXPLORATION = {
-    "official": HistoryRouting(),
-    "first_block": HistoryRouting(nearest_frames=3, perturbed_blocks=1),
-}
-"""Routings by name. "official" is the released one: five blocks that see the sink, five routed
-frames and the previous frame. "first_block" takes the previous frame away as well, but from the
-first block only: more diverse, at some cost in continuity. Not in the paper."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +68,11 @@ class Rollout:
     def start_frame(self) -> int:
         """Absolute index of the first frame that branches differ in."""
         return self.plans[0].start_frame
+
+    @property
+    def new_frames(self) -> int:
+        """Frames from the fork to the end of its chunk."""
+        return self.chunk.shape[2] - (self.start_frame - self.chunk_first_frame)
 
 
 @dataclass
@@ -159,7 +156,7 @@ def roll_out(
     pool = policy.new_pool(n * (fork + (A + G) * held))
     prefixes = [pool.timeline() for _ in range(n)]
     prefix = [
-        _advance(policy, text, pool, prefixes, first, noise[:, first // frames]).x0[:, -1]
+        advance_block(policy, text, pool, prefixes, first, noise[:, first // frames]).x0[:, -1]
         for first in range(0, fork, frames)
     ]
 
@@ -178,7 +175,7 @@ def roll_out(
                 for r, row in enumerate(rows)
             ]
             table = pool.routes(lists)
-        traces.append(_advance(policy, row_text, pool, rows, first, block_noise, table))
+        traces.append(advance_block(policy, row_text, pool, rows, first, block_noise, table))
         if first + frames > end:  # what neither a route nor a window will ask for again
             done = first + frames
             for row in rows:
@@ -267,23 +264,6 @@ def accumulate_gradient(
             x0 = x - sigma * policy.stream(x, sigma, text, first, rollout.pool, table)
             target = rollout.x0[:, k, step]
             x0.backward(velocity_gradient(x0.detach(), target, weights[step], score_grad))
-
-
-def _advance(
-    policy: Generator,
-    text: Tensor,
-    pool: FramePool,
-    timelines: Sequence[Timeline],
-    first_frame: int,
-    noise: Tensor,
-    table: RouteTable | None = None,
-) -> BlockTrace:
-    """Sample and commit one block of every row; in the normal context without a table."""
-    table = normal_routes(pool, timelines) if table is None else table
-    trace = denoise_block(policy, text, first_frame, pool, table, noise)
-    last = noise[:, NOISES - 1]
-    commit_block(policy, text, timelines, first_frame, pool, table, trace.x0[:, -1], last)
-    return trace
 
 
 def _branch_text(policy: Generator, rollout: Rollout) -> Tensor:

@@ -110,6 +110,30 @@ def normal_routes(pool: FramePool, timelines: Sequence[Timeline]) -> RouteTable:
     return pool.routes([t.window(SINK_FRAMES, LOCAL_FRAMES) for t in timelines])
 
 
+def advance_block(
+    generator: Generator,
+    text: Tensor,
+    pool: FramePool,
+    timelines: Sequence[Timeline],
+    first_frame: int,
+    noise: Tensor,
+    table: RouteTable | None = None,
+    keep: Iterable[int] | None = None,
+) -> BlockTrace:
+    """Sample one block of every row and commit it; in the normal context without a table.
+
+    Args:
+        text: `[B, 8, M]`.
+        noise: `[B, 5, N, P]`.
+        keep: as in `commit_block`.
+    """
+    table = normal_routes(pool, timelines) if table is None else table
+    trace = denoise_block(generator, text, first_frame, pool, table, noise)
+    x0, last = trace.x0[:, -1], noise[:, NOISES - 1]
+    commit_block(generator, text, timelines, first_frame, pool, table, x0, last, keep)
+    return trace
+
+
 @torch.no_grad()
 def sample_videos(generator: Generator, text: Tensor, noise: Tensor) -> Tensor:
     """Whole videos as tokens `[B, K, N, P]`, one per row of text, in constant memory.
@@ -125,11 +149,7 @@ def sample_videos(generator: Generator, text: Tensor, noise: Tensor) -> Tensor:
     blocks = []
     for k in range(noise.shape[1]):
         first = k * frames
-        table = normal_routes(pool, timelines)
-        x0 = denoise_block(generator, text, first, pool, table, noise[:, k]).x0[:, -1]
         keep = [*range(SINK_FRAMES), *range(first + frames - LOCAL_FRAMES, first)]
-        last = noise[:, k, NOISES - 1]
-        commit_block(generator, text, timelines, first, pool, table, x0, last, keep)
-        del table
-        blocks.append(x0)
+        trace = advance_block(generator, text, pool, timelines, first, noise[:, k], keep=keep)
+        blocks.append(trace.x0[:, -1])
     return torch.stack(blocks, 1)

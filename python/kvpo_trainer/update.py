@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,10 @@ class KvpoConfig:
     global_weight: float = 0.0
     """Of the whole video's reward; 0.5 in the release. 0 saves generating the rest of the video."""
     advantage_clamp: float = 2.5
+    fusion: Literal["std", "zscore", "none"] = "std"
+    """How `fuse_advantages` normalises the local and the global advantages."""
+    kl_reference: Literal["initial", "old"] = "initial"
+    """What the KL is taken to; "old" saves a replay per rollout."""
     routing: HistoryRouting = field(default_factory=HistoryRouting)
     objective: ContrastiveObjective = field(default_factory=ContrastiveObjective)
     rewards: RewardConfig = field(default_factory=RewardConfig)
@@ -122,8 +127,12 @@ class Trainer:
         scores = -current.energies.energies.view(n, G)
         synced = self.step_index % config.rollouts_per_sync == 0
         old_scores = scores if synced else self._scores(self.old, rollout)
-        first = window == 0 and synced
-        ref_scores = scores if first else self._scores(self.initial, rollout)
+        if config.kl_reference == "old":
+            ref_scores = old_scores
+        elif window == 0 and synced:
+            ref_scores = scores
+        else:
+            ref_scores = self._scores(self.initial, rollout)
         losses = [
             branch_policy_loss(
                 scores[i],
@@ -165,6 +174,7 @@ class Trainer:
             "reward_branches": float(self._total(local)[:, :G].mean()),
             "reward_anchor": float(self._total(local)[:, G].mean()),
             "reward_spread": float(self._total(local)[:, :G].std(1).mean()),
+            "pixel_spread": float(rollout.chunk[:, :G, -rollout.new_frames :].std(1).mean()),
             "score_spread": float(scores.std(1).mean()),
             "loss": mean([loss.loss for loss in losses]),
             "kl": mean([loss.kl for loss in losses]),
@@ -279,7 +289,8 @@ class Trainer:
                     None if whole is None else anchored(whole, i),
                     config.local_weight,
                     config.global_weight,
-                    clamp=config.advantage_clamp,
+                    config.fusion,
+                    config.advantage_clamp,
                 )
             )
             totals = [sign * self._total(r)[i] for r in (local, whole) if r is not None]

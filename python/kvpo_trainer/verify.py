@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from kvpo_trainer.config import RunConfig, of_weights, to_mapping
+from kvpo_trainer.config import RunConfig, of_weights, routing_text, to_mapping
 from kvpo_trainer.data import split_prompts
 from kvpo_trainer.evaluation import Evaluation, evaluate
 from kvpo_trainer.update import Trainer
@@ -224,9 +224,8 @@ def table(summary: dict[str, Any]) -> str:
         "shuffled - start": "shuffled_minus_start",
     }
     routing = summary["config"]["kvpo"]["routing"]
-    shown = ", ".join(f"{k} {v}" for k, v in routing.items() if k != "num_branches")
     lines = [
-        f"routing of {routing['num_branches']} branches: {shown}",
+        f"routing of {routing['num_branches']} branches: {routing_text(routing)}",
         f"{'':14}" + "".join(f"{title:>26}" for title in columns),
     ]
     for measure in summary["signed"]:

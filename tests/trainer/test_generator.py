@@ -1,8 +1,11 @@
 import pytest
 import torch
-from kvpo_trainer.data import all_prompts, tokenize
+from kvpo_trainer.data import DataConfig, all_prompts, tokenize
 from kvpo_trainer.generator import Contexts, Generator
 from kvpo_trainer.pretrain import normal_contexts, training_contexts
+
+from kvpo_kernels import HistoryRouting, plan_history_routing
+from kvpo_kernels.history.planning import eligible_starts
 
 BLOCKS = 19
 
@@ -57,6 +60,34 @@ def test_streaming_computes_what_teacher_forcing_trained(
     )
     # Float32 through two layers, sums in another order; values are of order 1.
     torch.testing.assert_close(streamed(generator, contexts, rows), forced, rtol=1e-4, atol=1e-5)
+
+
+def test_training_sees_the_frames_that_plans_route_to(data: DataConfig) -> None:
+    """Every context is one that a branch of some fork sees, and as old ones as the planner's."""
+    rows, routing = 400, HistoryRouting()
+    contexts = training_contexts(rows, data, 1.0, torch.Generator().manual_seed(2))
+    usual = normal_contexts(rows, data)
+    ages: dict[int, set[int]] = {}
+    for k in range(BLOCKS):
+        f = 3 * k
+        if f < 12:  # no fork comes before
+            assert torch.equal(contexts.frames[:, k], usual.frames[:, k])
+            continue
+        allowed = [
+            set(range(max(3, fork + 12 - 30), fork - 4)) for fork in range(12, f + 1, 3)[-5:]
+        ]
+        for frames in contexts.frames[:, k].tolist():
+            assert frames[:3] == [0, 1, 2] and frames[-1] == f - 1 and len(set(frames)) == 9
+            routed = frames[3:-1]
+            assert routed == sorted(routed) and any(set(routed) <= pool for pool in allowed)
+            ages.setdefault(f, set()).update(f - x for x in routed)
+    for start in eligible_starts(routing, data.frames):
+        candidates = plan_history_routing(routing, data.frames, start_frame=start).candidates
+        for f in range(start, start + 15, 3):
+            assert {f - x for x in candidates} <= ages[f], (start, f)
+    mixed = training_contexts(rows, data, 0.25, torch.Generator().manual_seed(2))
+    share = (mixed.frames[:, 4:] != usual.frames[:, 4:]).any(-1).float().mean()
+    assert 0.22 < share < 0.28  # 6,000 draws: 5 standard deviations
 
 
 @torch.no_grad()

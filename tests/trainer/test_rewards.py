@@ -7,6 +7,7 @@ import pytest
 import torch
 from kvpo_trainer.data import DataConfig, Prompt, digit_bank, make_clips, split_prompts
 from kvpo_trainer.rewards import (
+    DIGIT_INK,
     HEADS,
     best_shift,
     phase_velocity,
@@ -58,6 +59,39 @@ def test_vq_falls_with_blur_and_noise(weights: Weights, real: tuple[list[Prompt]
         assert scores(weights, worse, prompts)["vq"] < best - 0.3
 
 
+@pytest.mark.parametrize("level", [-1.0, 0.0, 1.0])
+def test_one_grey_earns_nothing(
+    weights: Weights, real: tuple[list[Prompt], Tensor], level: float
+) -> None:
+    got = scores(weights, torch.full_like(real[1], level), real[0])
+    assert got["vq"] < 0.1 and got["mq"] < 0.01 and got["ta"] < 0.1
+
+
+def test_mq_asks_for_a_motion(weights: Weights, real: tuple[list[Prompt], Tensor]) -> None:
+    """A frozen clip has no jerk, and a clip that goes blank has none from there on."""
+    prompts, videos = real
+    best, half = scores(weights, videos, prompts), videos.shape[1] // 2
+    frozen = scores(weights, videos[:, :1].expand_as(videos), prompts)
+    assert frozen["mq"] < 0.01 and frozen["vq"] > 0.7
+    stops = torch.cat([videos[:, :half], videos[:, half:][:, :1].expand(-1, half + 1, -1, -1)], 1)
+    fades = torch.cat([videos[:, :half], -torch.ones_like(videos[:, half:])], 1)
+    for clip in (stops, fades):
+        # Half of the steps, to the few of the turn.
+        assert scores(weights, clip, prompts)["mq"] == pytest.approx(best["mq"] / 2, abs=0.05)
+
+
+def test_a_fainter_digit_is_still_one_until_it_is_none(
+    weights: Weights, real: tuple[list[Prompt], Tensor]
+) -> None:
+    prompts, videos = real
+    faint = {f: scores(weights, (videos + 1) * f - 1, prompts) for f in (1.0, 0.7, 0.5, 0.25)}
+    assert faint[0.7]["vq"] > faint[1.0]["vq"] - 0.15 and faint[0.7]["mq"] > 0.9
+    for head in ("vq", "mq", "ta"):
+        by_ink = [f[head] for f in faint.values()]
+        assert by_ink == sorted(by_ink, reverse=True)
+        assert by_ink[-1] < by_ink[0] - 0.3
+
+
 def test_mq_falls_with_jumps(weights: Weights, real: tuple[list[Prompt], Tensor]) -> None:
     prompts, videos = real
     order = torch.randperm(videos.shape[1], generator=torch.Generator().manual_seed(1))
@@ -86,7 +120,14 @@ def test_ta_falls_with_another_prompt(
 def test_motion_measures_agree_on_whole_pixels(real: tuple[list[Prompt], Tensor]) -> None:
     _, videos = real
     shift = best_shift(videos).float()
-    assert (phase_velocity(videos) - shift).abs().max() < 0.05
+    velocity, amplitude = phase_velocity(videos)
+    assert (velocity - shift).abs().max() < 0.05
+    # The definition: the first coefficient of the sums over rows, and over columns.
+    ink = (videos + 1) / 2
+    for axis, other in ((0, -1), (1, -2)):
+        first = torch.fft.fft(ink.sum(other), dim=-1)[..., 1].abs()
+        torch.testing.assert_close(amplitude[..., axis], first)
+    assert amplitude.min() > DIGIT_INK  # real digits are all there
     assert set(shift.abs().sum(-1).unique().tolist()) == {1.0, 2.0}
 
 

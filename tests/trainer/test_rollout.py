@@ -1,8 +1,10 @@
 import pytest
 import torch
+from kvpo_trainer.cli import CONFIGS
+from kvpo_trainer.config import load_config
 from kvpo_trainer.data import all_prompts, patchify, tokenize
 from kvpo_trainer.generator import Generator
-from kvpo_trainer.rollout import EXPLORATION, Rollout, chunk_bounds, replay, roll_out
+from kvpo_trainer.rollout import Rollout, chunk_bounds, replay, roll_out
 from kvpo_trainer.sampling import draw_noise, sample_videos
 
 from kvpo_kernels import HistoryRouting, Timeline
@@ -98,18 +100,27 @@ def test_rollout_leaves_the_pool_to_the_prefixes(generator: Generator) -> None:
     assert rollout.pool.stats().free_slots == stats.free_slots
 
 
-@pytest.mark.parametrize("name", EXPLORATION)
-def test_every_named_exploration_rolls_out(generator: Generator, name: str) -> None:
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_shipped_routing_rolls_out(generator: Generator, name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml")
     rollout = roll_out(
         generator,
         PROMPTS[:1],
-        EXPLORATION[name],
+        config.kvpo.routing,
         seed=0,
         seed_context=0,
         rng=torch.Generator().manual_seed(1),
     )
     assert rollout.chunk.shape[1] == 9
-    assert not torch.equal(rollout.chunk[:, 0], rollout.chunk[:, -1])
+    new = rollout.chunk[:, :, -rollout.new_frames :]
+    assert rollout.new_frames == rollout.noisy.shape[1] * 3
+    assert torch.equal(
+        rollout.chunk[:, 0, : -rollout.new_frames], rollout.chunk[:, 8, : -rollout.new_frames]
+    )
+    assert not torch.equal(new[:, 0], new[:, -1])
+    block = config.kvpo.routing.nearest_frames == 3  # only the first, without the previous frame
+    assert rollout.nearest == (0 if block else 1)
+    assert rollout.plans[0].end_frame - rollout.start_frame == (3 if block else 15)
 
 
 @pytest.mark.parametrize("slot_mapping", ["exact", "official"])

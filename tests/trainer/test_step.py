@@ -35,6 +35,8 @@ CONFIGS = {  # no key that matters has its default in all of them
         sigma_floor=0.7,
         gradient_steps=3,
         reward_sign=-1,
+        fusion="zscore",
+        kl_reference="old",
         objective=ContrastiveObjective(clip_range_low=1e-5, clip_range_high=2e-5, kl_coef=3.0),
     ),
     "mechanism_1": replace(
@@ -97,6 +99,8 @@ def advantages_of(
         for r, (_, _, weight) in zip(rewards, judged, strict=True):
             x = r[:, i]
             a = (weights * (x[:, :-1] - x[:, -1:]) / (x.std(1, keepdim=True) + 1e-8)).sum(0)
+            if config.fusion == "zscore":
+                a = a - a.mean()
             sum_of_terms += weight * a / a.std(unbiased=False)
         fused.append(sum_of_terms.clamp(-config.advantage_clamp, config.advantage_clamp))
         totals = [(weights * r[:, i]).sum(0) for r in rewards]
@@ -184,10 +188,12 @@ def test_steps_are_the_method_written_out(
         A = result.advantages.double()
         scores = scores_of(policy, rollout, config.sigma_floor, config.gradient_steps)
         with torch.no_grad():
-            others = [scores_of(p, rollout, config.sigma_floor, 0) for p in (old, initial)]
+            before = scores_of(old, rollout, config.sigma_floor, 0)
+            ref = before
+            if config.kl_reference == "initial":
+                ref = scores_of(initial, rollout, config.sigma_floor, 0)
         losses = [
-            loss_of(scores[i], others[0][i], others[1][i], A[i], safe[i], config.objective)
-            for i in range(2)
+            loss_of(scores[i], before[i], ref[i], A[i], safe[i], config.objective) for i in range(2)
         ]
         loss = torch.stack(losses).mean()
         assert metrics["loss"] == pytest.approx(float(loss), rel=1e-4, abs=1e-5)
