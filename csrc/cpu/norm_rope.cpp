@@ -6,6 +6,7 @@
 
 #include "scratch.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace kvpo::cpu::KVPO_ISA {
 namespace {
@@ -126,8 +127,7 @@ void for_each_token(const NormRopeForward& a, const Visit& visit) {
   const auto& s = a.shape;
   const int64_t D = s.head_size, C = s.heads * D, run = Angles::run(D),
                 runs = (s.tokens + run - 1) / run;
-#pragma omp parallel for num_threads(a.threads) schedule(static)
-  for (int64_t i = 0; i < runs; ++i) {
+  const auto one = [&](int64_t i) {
     const int64_t first = i * run, last = min_of<int64_t>(s.tokens, first + run);
     Angles angles;
     angles.expand(a, first, last, 1.0f);
@@ -140,7 +140,12 @@ void for_each_token(const NormRopeForward& a, const Visit& visit) {
       }
     if constexpr (kStream)
       stream_fence();
-  }
+  };
+  on_threads(a.threads, [&] {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < runs; ++i)
+      one(i);
+  });
 }
 
 template <bool kStream, typename T> void forward(const NormRopeForward& a) {
@@ -188,8 +193,7 @@ template <typename T> void backward(const NormRopeBackward& args) {
   const int64_t chunks = min_of<int64_t>(s.tokens, 64);
   const Scratch scratch(static_cast<size_t>(max_of<int64_t>(chunks, 1) * 2 * C) * sizeof(float));
   float* partial = reinterpret_cast<float*>(scratch.data()); // [chunks, C] sums, [chunks, C] g
-#pragma omp parallel for num_threads(a.threads) schedule(static)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  const auto one = [&](int64_t chunk) {
     float* grad_w = partial + chunk * C;
     float* g = partial + (chunks + chunk) * C;
     for (int64_t i = 0; i < C; i += kWidth)
@@ -220,7 +224,12 @@ template <typename T> void backward(const NormRopeBackward& args) {
           store(grad_x + i, mul(rv, fma(load(x + i), shift, load(g + i))));
       }
     }
-  }
+  };
+  on_threads(a.threads, [&] {
+#pragma omp for schedule(static)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      one(chunk);
+  });
   for (int64_t i = 0; i < C; i += kWidth) {
     Vec sum = zero();
     for (int64_t chunk = 0; chunk < chunks; ++chunk)

@@ -13,6 +13,7 @@
 
 #include "scratch.h"
 #include "simd.h"
+#include "threads.h"
 #include "tile_product.h"
 
 namespace kvpo::cpu::KVPO_ISA {
@@ -260,8 +261,7 @@ KVPO_INLINE void run_tasks(int64_t tasks, int threads, size_t bytes, Task&& task
       max_of<int64_t>(1, min_of<int64_t>(min_of<int64_t>(threads, tasks), fitting)));
   const Scratch scratch(bytes * static_cast<size_t>(threads));
   char* const base = scratch.data();
-#pragma omp parallel num_threads(threads)
-  {
+  on_threads(threads, [&] {
 #ifdef _OPENMP
     char* const mine = base + bytes * static_cast<size_t>(omp_get_thread_num());
 #else
@@ -270,7 +270,7 @@ KVPO_INLINE void run_tasks(int64_t tasks, int threads, size_t bytes, Task&& task
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tasks; ++i)
       task(i, mine);
-  }
+  });
 }
 
 // Forward ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 #include "kvpo/store_frames.h"
 
 #include "simd.h"
+#include "threads.h"
 
 namespace kvpo::cpu::KVPO_ISA {
 namespace {
@@ -74,9 +75,11 @@ template <typename T, typename P> void head(const StoreFrames& a, int64_t frame,
 
 // A head of a frame is read twice, the second time from the core's own cache.
 template <typename T, typename P> void store_all(const StoreFrames& a) {
-#pragma omp parallel for num_threads(a.threads) schedule(static)
-  for (int64_t i = 0; i < a.count * a.heads; ++i)
-    head<T, P>(a, i / a.heads, i % a.heads);
+  on_threads(a.threads, [&] {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < a.count * a.heads; ++i)
+      head<T, P>(a, i / a.heads, i % a.heads);
+  });
 }
 
 template <typename T> void store_all(const StoreFrames& a) {

@@ -5,6 +5,7 @@
 #endif
 
 #include "simd.h"
+#include "threads.h"
 
 namespace kvpo::cpu::KVPO_ISA {
 namespace {
@@ -168,14 +169,12 @@ template <bool kKept, typename T> void gradient_of(const VelocityGradient& a) {
 }
 
 template <typename T> void energy(const VelocityEnergy& a) {
-#pragma omp parallel num_threads(thread_count(a.trajectories))
-  energies_of<false, T>(a);
+  on_threads(thread_count(a.trajectories), [&] { energies_of<false, T>(a); });
   sum_partials(a);
 }
 
 template <typename T> void gradient(const VelocityGradient& a) {
-#pragma omp parallel num_threads(thread_count(a.trajectories))
-  gradient_of<false, T>(a);
+  on_threads(thread_count(a.trajectories), [&] { gradient_of<false, T>(a); });
 }
 
 // From energies to the coefficients of the gradient, through the policy loss. The score gradient is
@@ -197,8 +196,7 @@ void policy(const TveGrpo& a) {
 
 // With `kKeep`, the differences wait in the gradient's memory for their coefficients.
 template <bool kKeep, typename T> void fused(const TveGrpo& a) {
-#pragma omp parallel num_threads(thread_count(a.energy.trajectories))
-  {
+  on_threads(thread_count(a.energy.trajectories), [&] {
     energies_of<kKeep, T>(a.energy, a.grad);
 #pragma omp barrier
 #pragma omp single
@@ -208,7 +206,7 @@ template <bool kKeep, typename T> void fused(const TveGrpo& a) {
     }
     if (a.grad)
       gradient_of<kKeep, T>({a.energy.trajectories, a.coefficients, a.grad});
-  }
+  });
 }
 
 // Keeping differences saves reading the inputs again, a fifth of the traffic, and costs writing
