@@ -266,6 +266,34 @@ def test_pools_whose_slots_overlap_are_refused() -> None:
         qk_norm_rope_write(x, x, x, weight, weight, rope, 0, grid=(2, 2, 2), **where)
 
 
+def test_keys_and_values_that_lie_in_the_pool_are_refused() -> None:
+    """They would be read after they were written, by a thread that comes late."""
+    weight, rope, x = torch.ones(16), RopeTable(16), torch.randn(1, 8, 1, 16)
+    memory = torch.randn(2 * 3 * 4 + 8, 1, 16)
+    k_pool, v_pool = memory[:24].view(2, 3, 4, 1, 16).unbind()
+    own = memory[24:].view(1, 8, 1, 16)  # of the same storage, beyond them
+    slots = torch.tensor([[0, 2]])
+
+    def write(k: torch.Tensor, v: torch.Tensor) -> None:
+        where = {"k_pool": k_pool, "v_pool": v_pool, "slots": slots}
+        qk_norm_rope_write(x, k, v, weight, weight, rope, 0, grid=(2, 2, 2), **where)
+
+    before = memory.clone()
+    inside = memory[4:12].view(1, 8, 1, 16)  # slots 1 and 2 of the keys
+    across = memory[20:28].view(1, 8, 1, 16)  # the last slot of the values, and beyond
+    for k, v, match in (
+        (inside, x, "k lies in k_pool"),
+        (x, inside, "v lies in k_pool"),
+        (across, x, "k lies in v_pool"),
+        (x, across, "v lies in v_pool"),
+    ):
+        with pytest.raises(ShapeError, match=f"{match}, which is written to"):
+            write(k, v)
+    assert torch.equal(memory, before)
+    write(own, own)
+    assert torch.equal(v_pool[[0, 2]].view(8, 1, 16), own[0])
+
+
 def test_angles_made_in_another_mode_serve_later() -> None:
     grid = (2, 2, 2)
     for in_place in (False, True):

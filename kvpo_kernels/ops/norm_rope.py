@@ -256,8 +256,9 @@ def qk_norm_rope_write(
         q' `[B, N, H, D]`.
 
     Raises:
-        As `qk_norm_rope`; ShapeError also for a slot outside the pool or named twice, and in grad
-        mode for an input that requires grad (this op has no backward). Nothing is written then.
+        As `qk_norm_rope`; ShapeError also for a slot outside the pool or named twice, for keys or
+        values that lie in the pool, and in grad mode for an input that requires grad (this op has
+        no backward). Nothing is written then.
     """
     cos, sin, name = _prepare(q, k, q_weight, k_weight, rope, first_frame, grid, eps, backend)
     _check_write(q, k, v, k_pool, v_pool, slots, grid, k_scales, v_scales)
@@ -347,7 +348,26 @@ def _check_write(
         raise ShapeError(
             f"v_pool must be {list(k_pool.shape)} like k_pool, got {list(v_pool.shape)}"
         )
+    if not torch.compiler.is_compiling():  # a compiled graph reads before it writes
+        for name, tensor in (("k", k), ("v", v)):
+            for pool_name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+                if _meet(tensor, pool):
+                    raise ShapeError(f"{name} lies in {pool_name}, which is written to: clone it")
     check_slots(slots, [q.shape[0], grid[0]], k_pool.shape[0])
+
+
+def _meet(a: Tensor, b: Tensor) -> bool:
+    """Whether the stretches of memory from first to last element have a byte in common."""
+    if a.untyped_storage()._cdata != b.untyped_storage()._cdata or not a.numel() or not b.numel():
+        return False
+    (first_a, last_a), (first_b, last_b) = _stretch(a), _stretch(b)
+    return first_a < last_b and first_b < last_a
+
+
+def _stretch(t: Tensor) -> tuple[int, int]:
+    first = int(t.storage_offset()) * t.element_size()
+    elements = 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return first, first + int(elements) * t.element_size()
 
 
 torch.library.define(
