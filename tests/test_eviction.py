@@ -16,7 +16,7 @@ from kvpo_kernels import (
     routed_attention,
     text_relevance,
 )
-from kvpo_kernels.errors import ConfigError, PoolError, ShapeError
+from kvpo_kernels.errors import ConfigError, DtypeError, PoolError, ShapeError
 
 T, H, D = 4, 2, 16
 
@@ -132,6 +132,12 @@ def test_policies_that_cannot_be_meant() -> None:
         (lambda: TopScored(0, 0, 1, record_every=0), "record_every must be at least 1, got 0"),
     ):
         with pytest.raises(ConfigError, match=match):
+            call()
+    for call, match in (
+        (lambda: Window(3, 2.5), "local must be an int, got 2.5"),
+        (lambda: TopScored(0, 0, 1.0), "budget must be an int, got 1.0"),
+    ):
+        with pytest.raises(DtypeError, match=match):
             call()
     policy = TopScored(0, 0, 1)
     for bad in (float("nan"), float("inf"), -float("inf")):

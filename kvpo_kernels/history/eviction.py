@@ -53,8 +53,8 @@ class Window:
     """Absolute frames that may still be routed to."""
 
     def __post_init__(self) -> None:
-        _at_least("sink", self.sink, 0)
-        _at_least("local", self.local, 0)
+        for name in ("sink", "local"):
+            object.__setattr__(self, name, integer(name, getattr(self, name), 0, ConfigError))
 
     def keep(self, timeline: Frames) -> set[int]:
         """As `EvictionPolicy.keep`."""
@@ -85,13 +85,12 @@ class TopScored:
     def __init__(
         self, sink: int, local: int, budget: int, *, decay: float = 0.0, record_every: int = 1
     ) -> None:
-        for name, value in (("sink", sink), ("local", local), ("budget", budget)):
-            _at_least(name, value, 0)
-        _at_least("record_every", record_every, 1)
+        self.always = Window(sink, local)
+        self.budget = integer("budget", budget, 0, ConfigError)
+        self.record_every = integer("record_every", record_every, 1, ConfigError)
         if not 0 <= decay < 1:
             raise ConfigError(f"decay must be in [0, 1), got {decay}")
-        self.always = Window(sink, local)
-        self.budget, self.decay, self.record_every = budget, decay, record_every
+        self.decay = decay
         self.scores: dict[int, float] = {}
         """Absolute frame -> score, of all that were ever observed."""
 
@@ -170,8 +169,7 @@ def frame_attention_mass(
         raise ShapeError(f"q {list(q.shape)} has no queries to take the mean of")
     table.check_memory("k_pool", k_pool)
     check_scales(k_pool, k_pool, k_scales, k_scales, q.device)
-    _at_least("queries", queries, 1)
-    steps = min(queries, Q)
+    steps = min(integer("queries", queries, 1, ConfigError), Q)
     picked = torch.linspace(0, Q - 1, steps, dtype=torch.float64, device=q.device).round().long()
     some = q[:, picked].float() * (D**-0.5 if scale is None else scale)
     total = lse[:, :, picked].float()
@@ -230,8 +228,3 @@ def _frames(pool: Tensor, scales: Tensor | None, slots: Tensor) -> Tensor:
         return pool[slots].float()
     pages = pool.view(torch.uint8)[slots].view(pool.dtype)  # float8 has no index
     return pages.float() * scales[slots][:, None, :, None]
-
-
-def _at_least(name: str, value: int, limit: int) -> None:
-    if value < limit:
-        raise ConfigError(f"{name} must be at least {limit}, got {value}")
