@@ -1,6 +1,9 @@
 import copy
+import fnmatch
 import functools
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,3 +232,17 @@ def test_only_the_policy_and_its_average_move(
     trainer.step()
     for a, b in zip(trainer.old.parameters(), trainer.policy.parameters(), strict=True):
         assert torch.equal(a, b)  # the second step ends the window
+
+
+def test_the_page_names_metrics_that_there_are(
+    generator: Generator, reward_model: RewardModel
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text()
+    section = page.split("## Metrics")[1]
+    metrics = trainer_of(generator, reward_model).step().metrics
+    names = re.findall(r"`([^`]+)`", section)
+    assert len(names) == 10
+    for name in names:
+        assert any(fnmatch.fnmatch(metric, name) for metric in metrics), name
+    for spread in ("reward_spread", "pixel_spread", "score_spread"):
+        assert metrics[spread] > 0
