@@ -111,7 +111,8 @@ def compared(exact: Tensor, other: Tensor) -> dict[str, float]:
 
 def measure(quick: bool) -> dict[str, Any]:
     """All of it."""
-    generator = load_weights().generator
+    shipped = load_weights()
+    generator = shipped.generator
     prompts, seeds, count = (4, 1, 1) if quick else (40, 3, 6)
     evaluations = [rewards(generator, prompts, 12345 + s) for s in range(seeds)]
     train = split_prompts()[0]
@@ -127,6 +128,7 @@ def measure(quick: bool) -> dict[str, Any]:
     exact = scores(generator, rollouts, "float32")
     result: dict[str, Any] = {
         "environment": environment(torch.get_num_threads()),
+        "weights": shipped.checksum,
         "attention_error": attention_error(),
         "memory_ratio": memory_ratio(),
         "prompts": prompts * seeds,

@@ -175,10 +175,42 @@ def quantized() -> list[str]:
     return lines + controls(*newest("int8-verify-*.json"), " --set history=int8")
 
 
+def diversity() -> list[str]:
+    """Two runs of `kvpo-train diversity`."""
+    runs = {name: newest(f"diversity-{name}-*.json") for name in ("official", "first_block")}
+    options = {"official": "", "first_block": " --config first_block"}
+    commands = " and ".join(f"`kvpo-train diversity{options[name]}`" for name in runs)
+    raws = ", ".join(f"[`{p.name}`](../benchmarks/results/{p.name})" for p, _ in runs.values())
+    data = runs["official"][1]
+    branches = data["config"]["kvpo"]["routing"]["num_branches"]
+    lines = [
+        "## How different branches are",
+        "",
+        f"{commands}: {data['groups']} groups of {branches} branches each; torch"
+        f" {data['torch']}, {data['date'][:10]}. Raw: {raws}. Standard deviation"
+        " over the branches of a prompt, beside branches that go on from the same prefix"
+        " unrouted under other noise, and how much more the anchor has than the mean branch; mean ±"
+        " standard error over the groups.",
+        "",
+    ]
+    columns = [
+        (f"{name}: {title}", run[part])
+        for name, (_, run) in runs.items()
+        for title, part in (("routed", "routed"), ("noise", "noise"), ("anchor - mean", "cost"))
+    ]
+    lines += [f"| measure | {' | '.join(title for title, _ in columns)} |"]
+    lines += ["|---" * (1 + len(columns)) + "|"]
+    for measure in data["routed"]:
+        values = (part.get(measure) for _, part in columns)
+        cells = [f"{v['mean']:.3f} ± {v['error']:.3f}" if v else "" for v in values]
+        lines.append(f"| {measure} | {' | '.join(cells)} |")
+    return lines
+
+
 def page() -> str:
     """All of it."""
     head = ["# Results", "", "Made by `python benchmarks/render.py`; do not edit.", ""]
-    parts = (kernels(), iteration(), quantized(), learning())
+    parts = (kernels(), iteration(), quantized(), learning(), diversity())
     return "\n".join(head) + "\n" + "\n\n".join("\n".join(part) for part in parts) + "\n"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import render
 import torch
+from kvpo_trainer.weights import load_weights
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,3 +31,16 @@ def test_links() -> None:
 def test_results_are_those_of_the_raw_files() -> None:
     assert render.PAGE.read_text() == render.page()
     assert render.readme(README) == README
+
+
+def test_learning_was_measured_on_the_shipped_weights() -> None:
+    own = load_weights().checksum
+    for pattern in (
+        "verify-*.json",
+        "int8-verify-*.json",
+        "diversity-official-*.json",
+        "diversity-first_block-*.json",
+        "quantized-history-*.json",
+    ):
+        path, data = render.newest(pattern)
+        assert data["weights"] == own, path

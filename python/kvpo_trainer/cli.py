@@ -331,7 +331,8 @@ def _diversity(options: argparse.Namespace, config: RunConfig) -> int:
         options.rollouts,
         config.seed,
     )
-    summary = diversity.summarise(found, config)
+    of = weights.checksum if options.checkpoint is None else str(options.checkpoint)
+    summary = diversity.summarise(found, config, of)
     if options.record is not None:
         options.record.parent.mkdir(parents=True, exist_ok=True)
         options.record.write_text(json.dumps(summary, indent=1) + "\n")

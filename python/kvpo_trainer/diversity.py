@@ -101,8 +101,8 @@ def other_noise(policy: Generator, rollout: Rollout, rng: torch.Generator) -> Te
     return torch.cat([rollout.chunk[:, :-1, : -rollout.new_frames], new], dim=2)
 
 
-def summarise(found: Diversity, config: RunConfig) -> dict[str, Any]:
-    """Means with their standard errors, and what was measured."""
+def summarise(found: Diversity, config: RunConfig, weights: str) -> dict[str, Any]:
+    """Means with their standard errors, and what was measured: weights by checksum or path."""
 
     def mean(values: list[float]) -> dict[str, float]:
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -113,6 +113,7 @@ def summarise(found: Diversity, config: RunConfig) -> dict[str, Any]:
         **{part: {m: mean(v) for m, v in values.items()} for part, values in parts.items()},
         "groups": len(found.routed["pixels"]),
         "config": to_mapping(config),
+        "weights": weights,
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

@@ -95,7 +95,7 @@ def test_measures_are_deviations_over_branches(
         new = r.chunk[at, :3, -r.new_frames :].std(0).mean()
         assert found.routed["pixels"][2 + at] == pytest.approx(float(new), rel=1e-5)
 
-    summary = diversity.summarise(found, RunConfig())
+    summary = diversity.summarise(found, RunConfig(), "w")
     values = torch.tensor(found.noise["mq"])
     mean = summary["noise"]["mq"]
     assert summary["groups"] == 6 and mean["mean"] == pytest.approx(float(values.mean()))
