@@ -243,12 +243,13 @@ def readme(text: str) -> str:
         " fewer bytes (`python benchmarks/iteration.py`). No GPU has been measured yet.",
     ]
     _, v = newest("verify-*.json")
-    g = v["signed"]["reward"]
+    g, order = (v[name]["reward"] for name in ("signed", "plus_minus_shuffled"))
     lines += [
         "",
         f"It learns: {len(v['seeds'])} seeds trained for {v['iterations']} rollouts towards +reward"
         f" end {g['mean']:.2f} ± {g['error']:.2f} (standard error over the seeds) above the same"
-        " towards -reward, on held-out prompts.",
+        f" towards -reward, and {order['mean']:.2f} ± {order['error']:.2f} above the same with shuffled"
+        " advantages, on held-out prompts (`kvpo-train verify`).",
     ]
     before, rest = text.split(BEGIN)
     return before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1]
