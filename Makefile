@@ -35,8 +35,8 @@ lint: .venv/ready
 	.venv/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 format: .venv/ready
+	-.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
-	.venv/bin/ruff check --fix .
 	.venv/bin/clang-format -i $(CXX_FILES)
 
 clean:

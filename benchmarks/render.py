@@ -248,8 +248,8 @@ def readme(text: str) -> str:
         "",
         f"It learns: {len(v['seeds'])} seeds trained for {v['iterations']} rollouts towards +reward"
         f" end {g['mean']:.2f} ± {g['error']:.2f} (standard error over the seeds) above the same"
-        f" towards -reward, and {order['mean']:.2f} ± {order['error']:.2f} above the same with shuffled"
-        " advantages, on held-out prompts (`kvpo-train verify`).",
+        f" towards -reward, and {order['mean']:.2f} ± {order['error']:.2f} above the same with"
+        " shuffled advantages, on held-out prompts (`kvpo-train verify`).",
     ]
     before, rest = text.split(BEGIN)
     return before + BEGIN + "\n".join(lines) + "\n" + END + rest.split(END)[1]

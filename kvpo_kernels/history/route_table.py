@@ -46,10 +46,8 @@ class RouteTable:
         device: torch.device | str = "cpu",
         allow_duplicates: bool = False,
     ) -> None:
-        if num_slots < 0:
-            raise ShapeError(f"num_slots must be at least 0, got {num_slots}")
+        self.num_slots = integer("num_slots", num_slots)
         target = torch.device(device)
-        self.num_slots = num_slots
         self.allow_duplicates = allow_duplicates
         rows = self._rows(slot_lists, target)
         self.num_rows = len(rows)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kvpo_kernels import HistoryRouting
-from kvpo_kernels.history.planning import candidate_frames
+from kvpo_kernels import HistoryRouting, candidate_frames
 from kvpo_trainer.data import DataConfig, all_prompts, make_clips, patchify, tokenize
 from kvpo_trainer.generator import Contexts, Generator, GeneratorConfig
 from kvpo_trainer.sampling import LOCAL_FRAMES, SIGMAS, SINK_FRAMES
