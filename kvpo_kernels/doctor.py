@@ -122,15 +122,13 @@ def processor() -> str:
 
 def native() -> tuple[ModuleType | None, str]:
     """Return the native module and what it was built with, or None and why it is missing."""
-    if not registry.HAS_NATIVE:
+    if why := registry.why_not_native("cpu"):
         return None, (
-            "not built: the kernels need a C++ compiler when kvpo_kernels is installed."
-            " Install g++, then `pip install --force-reinstall --no-deps` kvpo_kernels again"
+            f"{why}: the kernels need a C++ compiler when kvpo_kernels is"
+            " installed. Install g++, then `pip install --force-reinstall --no-deps` kvpo_kernels"
+            " again"
         )
-    try:
-        module = importlib.import_module("kvpo_kernels._native")
-    except ImportError as error:
-        return None, f"built, but does not load: {error}"
+    module = importlib.import_module("kvpo_kernels._native")
     threads = "OpenMP" if module.WITH_OPENMP else "no OpenMP: kernels run on one thread"
     return module, f"{module.__file__} ({threads})"
 

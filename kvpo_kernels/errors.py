@@ -23,6 +23,10 @@ class PoolError(KvpoError, RuntimeError):
     """The frame pool cannot do what was asked: no free slot, or a released timeline."""
 
 
+class GradientError(KvpoError, RuntimeError):
+    """A gradient was asked of what has none."""
+
+
 class BackendUnavailable(KvpoError, NotImplementedError):
     """No allowed backend can run this call; `reasons` says why for each one."""
 

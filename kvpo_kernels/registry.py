@@ -6,6 +6,7 @@ is, read the `BACKENDS` tuple of the op. A named backend never falls back to ano
 
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from torch.nn import Parameter
 from kvpo_kernels.errors import BackendUnavailable
 
 Problem = TypeVar("Problem")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ def select(
 ) -> Backend[Problem]:
     """Return the named backend, or the first one in the table that can run the problem.
 
-    `name=None` means the environment variable KVPO_BACKEND where it is set.
+    `name=None` means the environment variable KVPO_BACKEND where it is set. A fall back to the
+    reference is logged, once for the same reasons.
 
     Raises:
         BackendUnavailable: with the reason of every backend that was asked.
@@ -64,9 +67,21 @@ def select(
     for backend in asked:
         why = backend.why_not(problem)
         if why is None:
+            if name is None and backend.name == "reference" and not torch.compiler.is_compiling():
+                _tell_once(op, reasons)
             return backend
         reasons[backend.name] = why
     raise BackendUnavailable(op, reasons)
+
+
+def _tell_once(op: str, reasons: dict[str, str]) -> None:
+    text = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    if (op, text) not in _TOLD:
+        _TOLD.add((op, text))
+        log.warning("%s runs on the reference, which is slow (%s)", op, text)
+
+
+_TOLD: Final[set[tuple[str, str]]] = set()
 
 
 def _in_function_transform() -> bool:
@@ -147,9 +162,25 @@ DEFAULT_BACKEND: Final = os.environ.get("KVPO_BACKEND") or None
 
 def why_not_native(device: str) -> str | None:
     """Why no C++ kernel for the CPU can run on the device."""
+    if device != "cpu":
+        return f"takes cpu tensors, got {device}"
     if not HAS_NATIVE:
         return "the native module is not built"
-    return None if device == "cpu" else f"takes cpu tensors, got {device}"
+    if not _LOADED and not torch.compiler.is_compiling():
+        _LOADED.append(_load_native())
+    return _LOADED[0] if _LOADED else None
+
+
+def _load_native() -> str | None:
+    try:
+        importlib.import_module("kvpo_kernels._native")
+    except ImportError as error:  # built for another Python or C++ library
+        return f"the native module does not load: {error}"
+    return None
+
+
+_LOADED: Final[list[str | None]] = []
+"""Why the native module does not load, None where it does; empty before the first call."""
 
 
 def why_not_triton(device: str) -> str | None:

@@ -1,12 +1,15 @@
 """`doctor` and `explain`: what they say is what a call does."""
 
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from kvpo_kernels import doctor, explain, registry
+from kvpo_kernels import branch_policy_loss, doctor, explain, registry
 from kvpo_kernels.__main__ import main
 from kvpo_kernels.errors import BackendUnavailable, ConfigError
 
@@ -45,13 +48,79 @@ def test_wrong_questions_are_errors() -> None:
         explain("tve_grpo", head_size=64)
 
 
-def test_without_the_native_module(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_native_module(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    why = "the native module is not built"
     monkeypatch.setattr(registry, "HAS_NATIVE", False)
+    monkeypatch.setattr(registry, "TRITON_INTERPRETS", False)
+    monkeypatch.setattr(registry, "_TOLD", set())
     report = doctor.report()
-    assert "not built: the kernels need a C++ compiler" in report
+    assert f"{why}: the kernels need a C++ compiler" in report
     for op in doctor.OPS:
         reasons = explain(op)
-        assert reasons["cpu"] == "the native module is not built" and reasons["reference"] is None
+        assert reasons["cpu"] == why and reasons["reference"] is None
+
+    scores = torch.zeros(3)
+    call = lambda **o: branch_policy_loss(scores, scores, scores, **o)
+    call(backend="reference")  # by name: nothing to tell
+    assert not caplog.records
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            call()
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        f"branch_policy_loss runs on the reference, which is slow (cpu: {why}; triton: "
+    )
+    with pytest.raises(BackendUnavailable, match=f"cpu: {why}"):
+        call(backend="cpu")
+
+
+def test_a_native_module_that_does_not_load_is_none(tmp_path: Path) -> None:
+    """As one that was built for another machine: found, and no module."""
+    package = tmp_path / "kvpo_kernels"
+    shutil.copytree(Path(doctor.__file__).parent, package, ignore=lambda *_: {"__pycache__"})
+    (native,) = package.glob("_native.*.so")
+    native.write_bytes(b"no module")
+    code = (
+        "import torch, kvpo_kernels as k; z = torch.zeros(2); k.branch_policy_loss(z, z, z);"
+        "print(k.explain('tve_grpo')['cpu'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "the native module does not load: " in done.stdout
+    assert done.stderr.count("branch_policy_loss runs on the reference") == 1
+
+
+def test_the_environment_names_a_backend() -> None:
+    """KVPO_BACKEND means what the argument means: it never falls back."""
+    code = (
+        "import torch, kvpo_kernels as k; z = torch.zeros(2)\n"
+        "try: k.branch_policy_loss(z, z, z); print('ran')\n"
+        "except k.BackendUnavailable as e: print(e)\n"
+        "k.branch_policy_loss(z, z, z, backend='reference')"
+    )
+    for name, expected in (
+        ("reference", "ran"),
+        ("", "ran"),
+        ("triton", "triton: takes cuda tensors"),
+        ("odd", "odd: unknown; the table has cpu, triton, reference"),
+    ):
+        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=env | {"KVPO_BACKEND": name},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert expected in done.stdout, name
 
 
 def test_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -335,9 +335,12 @@ def test_errors_name_the_argument() -> None:
     with pytest.raises(DtypeError, match="slots must be int64"):
         write([[0.0, 1.0], [2.0, 3.0]])
     q = q.requires_grad_()
-    with pytest.raises(ShapeError, match="has no backward"):
+    with pytest.raises(RuntimeError, match="has no backward"):
         write([[0, 1], [2, 3]])
     assert (pool == 0).all()
+    pool = pool.to(torch.float8_e5m2)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=r"k_pool is .*e5m2.*NVFP4"):
+        write([[0, 1], [2, 3]])
 
 
 def test_the_table_of_backends_is_complete() -> None:

@@ -338,9 +338,18 @@ class LossWithGradient(torch.autograd.Function):
 
 
 def check_scalars(
-    name: str, value: Tensor, device: torch.device, dtype: torch.dtype, size: int
+    name: str,
+    value: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    size: int,
+    stacklevel: int = 4,
 ) -> Tensor:
-    """Check one `[G]` input against the scores and detach it: it is data of the rollout."""
+    """Check one `[G]` input against the scores and detach it: it is data of the rollout.
+
+    Args:
+        stacklevel: of the caller's caller that a warning points at, as in `warnings.warn`.
+    """
     if not isinstance(value, Tensor):
         raise DtypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dtype is not dtype:
@@ -352,7 +361,8 @@ def check_scalars(
     if not value.requires_grad:
         return value
     if not torch.compiler.is_compiling():
-        warnings.warn(f"{name} requires grad; it is a constant here and detached", stacklevel=4)
+        text = f"{name} requires grad; it is a constant here and detached"
+        warnings.warn(text, stacklevel=stacklevel)
     return value.detach()
 
 

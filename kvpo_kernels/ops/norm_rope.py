@@ -11,8 +11,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvpo_kernels import registry
-from kvpo_kernels.errors import ConfigError, DtypeError, ShapeError
-from kvpo_kernels.ops.store_frames import check_scales, check_slots, note_written, store_frames
+from kvpo_kernels.errors import (
+    BackendUnavailable,
+    ConfigError,
+    DtypeError,
+    GradientError,
+    ShapeError,
+)
+from kvpo_kernels.ops.store_frames import (
+    check_scales,
+    check_slots,
+    note_written,
+    store_frames,
+    why_not_page,
+)
 from kvpo_kernels.registry import Backend
 
 OP = "norm_rope"
@@ -256,14 +268,15 @@ def qk_norm_rope_write(
         q' `[B, N, H, D]`.
 
     Raises:
-        As `qk_norm_rope`; ShapeError also for a slot outside the pool or named twice, for keys or
-        values that lie in the pool, and in grad mode for an input that requires grad (this op has
-        no backward). Nothing is written then.
+        As `qk_norm_rope`; ShapeError also for a slot outside the pool or named twice, and for keys
+        or values that lie in the pool.
+        GradientError: in grad mode an input requires grad; this op has no backward.
+        Nothing is written then.
     """
     cos, sin, name = _prepare(q, k, q_weight, k_weight, rope, first_frame, grid, eps, backend)
     _check_write(q, k, v, k_pool, v_pool, slots, grid, k_scales, v_scales)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, q_weight, k_weight)):
-        raise ShapeError("qk_norm_rope_write has no backward: call it under torch.no_grad()")
+        raise GradientError("qk_norm_rope_write has no backward: call it under torch.no_grad()")
     if k_scales is not None:  # a scale needs the whole frame first
         new_q, new_k = _forward(q, k, q_weight, k_weight, cos, sin, eps, name)
         page, flat = (slots.numel(), *k_pool.shape[1:]), slots.reshape(-1)
@@ -332,6 +345,8 @@ def _check_write(
             raise ShapeError(
                 f"{name} must be [F, {', '.join(map(str, page))}], got {list(pool.shape)}"
             )
+        if why := why_not_page(name, pool):
+            raise BackendUnavailable(OP, {b.name: why for b in BACKENDS})
         if pool.stride(3) != 1:
             raise ShapeError(f"{name}: last axis must be contiguous, got strides {pool.stride()}")
         if any(n > 1 and s == 0 for n, s in zip(pool.shape, pool.stride(), strict=True)):

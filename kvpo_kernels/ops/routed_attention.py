@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from kvpo_kernels import registry
 from kvpo_kernels.errors import BackendUnavailable, ConfigError, DtypeError, ShapeError
 from kvpo_kernels.history.route_table import RouteTable, has_no_memory
-from kvpo_kernels.ops.store_frames import PAGE_DTYPES, check_scales
+from kvpo_kernels.ops.store_frames import check_scales, why_not_page
 from kvpo_kernels.registry import Backend
 
 OP = "routed_attention"
@@ -283,11 +283,7 @@ def _check(
         )
     others = (("k_pool", k_pool), ("v_pool", v_pool), ("k_live", k_live), ("v_live", v_live))
     for name, t in others[:2]:
-        if t.element_size() == 1 and t.dtype not in PAGE_DTYPES:
-            why = (
-                f"{name} is {t.dtype}: of the quantized caches, int8 and float8_e4m3fn are"
-                " supported, other formats (LongLive-2 NVFP4) are not"
-            )
+        if why := why_not_page(name, t):
             raise BackendUnavailable(OP, {b.name: why for b in BACKENDS})
     if q.dtype not in _DTYPES:
         raise DtypeError(f"q must be float32, float64, bfloat16 or float16, got {q.dtype}")

@@ -90,6 +90,16 @@ def quantize_frames(
     return pages, scales
 
 
+def why_not_page(name: str, pool: Tensor) -> str | None:
+    """Why a pool of this dtype is of no use, where it is one of 8 bits that is not supported."""
+    if pool.element_size() > 1 or pool.dtype in PAGE_DTYPES:
+        return None
+    return (
+        f"{name} is {pool.dtype}: of the quantized caches, int8 and float8_e4m3fn are supported,"
+        " other formats (LongLive-2 NVFP4) are not"
+    )
+
+
 def check_scales(
     k_pool: Tensor,
     v_pool: Tensor,

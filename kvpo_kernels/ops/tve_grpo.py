@@ -143,7 +143,7 @@ def tve_grpo_loss(
     weights = checked_weights(step_weights, pred)
     grad_weights = weights if grad_steps is None else _masked(weights, grad_steps)
     score_dtype = torch.float64 if pred.dtype is torch.float64 else torch.float32
-    like = (pred.device, score_dtype, pred.shape[0])
+    like = (pred.device, score_dtype, pred.shape[0], 3)
     old_scores = check_scalars("old_scores", old_scores, *like)
     advantages = check_scalars("advantages", advantages, *like)
     if ref_scores is not None:

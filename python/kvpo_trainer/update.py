@@ -1,8 +1,9 @@
 """KVPO training: rollout by the old policy, rewards, replay, contrastive update."""
 
+import contextlib
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,7 @@ from kvpo_kernels import (
     branch_policy_loss,
     fuse_advantages,
 )
+from kvpo_kernels.errors import KvpoError
 from kvpo_trainer.data import Prompt
 from kvpo_trainer.generator import Generator
 from kvpo_trainer.rewards import HEADS, RewardConfig, RewardModel
@@ -70,6 +72,16 @@ class StepResult:
     """`[n, G]`."""
 
 
+@contextlib.contextmanager
+def _about(index: int, prompt: Prompt) -> Iterator[None]:
+    """Says which prompt of a rollout an op has refused."""
+    try:
+        yield
+    except KvpoError as error:
+        error.args = (f"prompt {index} ({prompt.text!r}): {error}",)
+        raise
+
+
 class Trainer:
     """Trains a generator step by step; `tensors` and `counters` are all of its state."""
 
@@ -116,7 +128,7 @@ class Trainer:
         )
         local = self._rewards(rollout.chunk, prompts, rollout.chunk_first_frame)
         whole = None if rollout.videos is None else self._rewards(rollout.videos, prompts, 0)
-        advantages, safe = self._advantages(local, whole)
+        advantages, safe = self._advantages(prompts, local, whole)
         if config.shuffle_advantages:
             order = torch.rand(advantages.shape, generator=rng).argsort(1)
             advantages = advantages.gather(1, order)
@@ -133,17 +145,19 @@ class Trainer:
             ref_scores = scores
         else:
             ref_scores = self._scores(self.initial, rollout)
-        losses = [
-            branch_policy_loss(
-                scores[i],
-                old_scores[i],
-                advantages[i],
-                ref_scores[i],
-                objective=config.objective,
-                safe=safe[i],
-            )
-            for i in range(n)
-        ]
+        losses = []
+        for i, prompt in enumerate(prompts):
+            with _about(i, prompt):
+                losses.append(
+                    branch_policy_loss(
+                        scores[i],
+                        old_scores[i],
+                        advantages[i],
+                        ref_scores[i],
+                        objective=config.objective,
+                        safe=safe[i],
+                    )
+                )
         self.optimizer.zero_grad()
         norm = 0.0
         # Under the first mechanism unsafe groups have no gradient; momentum and decay are one too.
@@ -273,7 +287,9 @@ class Trainer:
         weights = torch.tensor(self.config.rewards.weights)
         return (weights[:, None, None] * rewards).sum(0)
 
-    def _advantages(self, local: Tensor, whole: Tensor | None) -> tuple[Tensor, list[bool]]:
+    def _advantages(
+        self, prompts: Sequence[Prompt], local: Tensor, whole: Tensor | None
+    ) -> tuple[Tensor, list[bool]]:
         """Fused advantages `[n, G]`, and per prompt whether a branch beats the anchor."""
         config, sign = self.config, self.config.reward_sign
 
@@ -282,17 +298,18 @@ class Trainer:
             return anchor_advantages(signed[:, :-1], signed[:, -1], config.rewards.weights)
 
         rows, safe = [], []
-        for i in range(local.shape[1]):
-            rows.append(
-                fuse_advantages(
-                    anchored(local, i),
-                    None if whole is None else anchored(whole, i),
-                    config.local_weight,
-                    config.global_weight,
-                    config.fusion,
-                    config.advantage_clamp,
+        for i, prompt in enumerate(prompts):
+            with _about(i, prompt):
+                rows.append(
+                    fuse_advantages(
+                        anchored(local, i),
+                        None if whole is None else anchored(whole, i),
+                        config.local_weight,
+                        config.global_weight,
+                        config.fusion,
+                        config.advantage_clamp,
+                    )
                 )
-            )
             totals = [sign * self._total(r)[i] for r in (local, whole) if r is not None]
             safe.append(any(bool((t[:-1] > t[-1]).any()) for t in totals))
         return torch.stack(rows), safe

@@ -271,6 +271,20 @@ def test_constants_are_detached_with_a_warning(backend: str) -> None:
         r.loss.backward()
     assert old.grad is None and s.grad is not None
 
+    pred, target = torch.ones(3, 1, 4, requires_grad=True), torch.zeros(3, 1, 4)
+    for i, name in enumerate(("old_scores", "advantages", "ref_scores")):
+        values = [torch.zeros(3, requires_grad=i == j) for j in range(3)]
+        objective = lambda values=values: branch_policy_loss(s, *values, backend=backend)
+        fused = lambda values=values: tve_grpo_loss(
+            pred, target, torch.ones(1), *values, backend=backend
+        )
+        for call in (objective, fused):
+            with pytest.warns(UserWarning, match=f"{name} requires grad") as seen:
+                result = runs(call)
+            assert [Path(w.filename) for w in seen] == [Path(__file__)]  # once, and at the call
+            result.loss.backward()
+            assert values[i].grad is None
+
 
 # 26: the largest float16
 @each_backend

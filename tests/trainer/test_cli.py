@@ -131,7 +131,8 @@ def test_a_policy_that_diverges_is_named_with_its_rollout(
     options = ("kvpo.learning_rate=1e30", "train.iterations=9")
     assert train(tiny_weights, out, *options) == 2
     assert re.search(
-        r"rollout [2-9]: .* must be finite, got .* for branch", capsys.readouterr().err
+        r"rollout [2-9]: prompt \d \('a \d moves .*'\): .* must be finite, got .* for branch",
+        capsys.readouterr().err,
     )
 
 

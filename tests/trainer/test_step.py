@@ -16,6 +16,7 @@ from kvpo_trainer.update import KvpoConfig, StepResult, Trainer
 from torch import Tensor
 
 from kvpo_kernels import ContrastiveObjective, HistoryRouting
+from kvpo_kernels.errors import ShapeError
 
 SIGMAS, CONTEXT = (1.0, 0.9375, 5 / 6, 0.625), 0.00498
 BASE = KvpoConfig(
@@ -252,6 +253,35 @@ def test_an_update_that_is_not_finite_or_not_wanted_is_skipped_and_counted(
     assert other.skipped_updates == 2
 
 
+def test_numbers_that_are_not_finite_are_named_with_their_prompt(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(copy.deepcopy(generator), RewardModel(), all_prompts()[::9], BASE, 0)
+    rewards_of, scores_of = trainer._rewards, update.replay
+
+    def spoilt(videos: Tensor, prompts: Any, first: int) -> Tensor:
+        rewards = rewards_of(videos, prompts, first)
+        rewards[2, 1, 0] = math.nan  # of the second prompt's first branch
+        return rewards
+
+    monkeypatch.setattr(trainer, "_rewards", spoilt)
+    second = trainer._prompt(1).text
+    with pytest.raises(ShapeError, match=rf"^prompt 1 \('{second}'\): rewards\[2\].*nan.*\[0\]$"):
+        trainer.step()
+    monkeypatch.setattr(trainer, "_rewards", rewards_of)
+
+    def far(*args: Any) -> Any:
+        replayed = scores_of(*args)
+        replayed.energies._sum[4] = math.inf  # of the second prompt's second branch
+        return replayed
+
+    monkeypatch.setattr(update, "replay", far)
+    with pytest.raises(
+        ShapeError, match=rf"^prompt 1 \('{second}'\): scores.*inf.* branches? \[1\]"
+    ):
+        trainer.step()
+
+
 def test_a_prompt_is_safe_where_some_branch_beats_the_anchor_locally_or_globally(
     generator: Generator,
 ) -> None:
@@ -265,4 +295,4 @@ def test_a_prompt_is_safe_where_some_branch_beats_the_anchor_locally_or_globally
         (better, None, True),
         (worse, None, False),
     ):
-        assert trainer._advantages(local, whole)[1] == [safe]
+        assert trainer._advantages(all_prompts()[:1], local, whole)[1] == [safe]
