@@ -28,7 +28,8 @@ def kernels() -> list[str]:
         "## CPU kernels",
         "",
         f"{e['processor']}, {e['threads']} threads, {e['instructions']}; torch {e['torch']},"
-        f" Python {e['python']}; commit {e['commit'][:10]}, {e['date'][:10]}. Reproduce:"
+        f" Python {e['python']}; malloc as {data['records'][0]['allocator']}, which keeps the"
+        f" memory of outputs for the next; commit {e['commit'][:10]}, {e['date'][:10]}. Reproduce:"
         f" `make bench`. Raw: [`{path.name}`](../benchmarks/results/{path.name}).",
         "",
         "Each row's candidates take turns in one process on the same random inputs; times are"

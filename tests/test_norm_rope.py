@@ -1,5 +1,8 @@
 """Every backend of `norm_rope` against the reference, forward, backward and into the pool."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tolerance import assert_as_accurate
@@ -292,6 +295,40 @@ def test_keys_and_values_that_lie_in_the_pool_are_refused() -> None:
     assert torch.equal(memory, before)
     write(own, own)
     assert torch.equal(v_pool[[0, 2]].view(8, 1, 16), own[0])
+
+
+OUT_OF_MEMORY = """
+import resource
+import torch
+from kvpo_kernels import RopeTable, qk_norm_rope
+
+torch.set_num_threads(1)
+q = torch.randn(1, 64, 16384, 16, requires_grad=True)  # 64 MiB; its backward works in 128
+k, k_weight = torch.randn(1, 64, 1, 16), torch.ones(16)
+weight = torch.ones(16384 * 16, requires_grad=True)
+out, _ = qk_norm_rope(q, k, weight, k_weight, RopeTable(16), 0, grid=(1, 8, 8), backend="cpu")
+grad = torch.ones_like(out)
+call = lambda: torch.autograd.grad(out, (q, weight), grad, retain_graph=True)
+expected = call()
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+_, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (96 << 20), hard))
+try:
+    call()
+except torch.OutOfMemoryError as error:
+    print(error)
+resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+print(all(map(torch.equal, call(), expected)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits its memory as Linux does")
+def test_memory_that_cannot_be_had_is_named_and_a_retry_works() -> None:
+    command = [sys.executable, "-c", OUT_OF_MEMORY]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    refused, again = done.stdout.splitlines()
+    assert refused == f"cannot allocate {64 * 2 * 16384 * 16 * 4} bytes of working memory"
+    assert again == "True"
 
 
 def test_angles_made_in_another_mode_serve_later() -> None:

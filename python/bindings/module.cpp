@@ -1,4 +1,6 @@
 // The Python module: one bind_<op> per op, in the file of the op's name.
+#include <exception>
+
 #include <pybind11/pybind11.h>
 
 #include "isa.h"
@@ -14,6 +16,16 @@ void bind_peak_flops(py::module_& m);
 
 PYBIND11_MODULE(_native, m) {
   py::register_exception<kvpo::Error>(m, "Error", PyExc_ValueError);
+  // What callers catch to go on with a smaller batch. By name: the module itself knows no torch.
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown)
+        std::rethrow_exception(thrown);
+    } catch (const kvpo::OutOfMemory& error) {
+      const py::object kind = py::module_::import("torch").attr("OutOfMemoryError");
+      PyErr_SetString(kind.ptr(), error.what());
+    }
+  });
 #ifdef _OPENMP
   m.attr("WITH_OPENMP") = true;
 #else

@@ -80,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def policy_of(sub: argparse.ArgumentParser, done: str) -> None:
-        sub.add_argument("--weights", type=Path, default=SHIPPED)
+        sub.add_argument(
+            "--weights", type=Path, default=SHIPPED, help="folder of `pretrain`; the shipped one"
+        )
         sub.add_argument(
             "--checkpoint", type=Path, help=f"run folder whose newest policy is {done}"
         )
@@ -92,26 +94,42 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="folder of the weights")
     sub = command("train", _train, "align the generator by KVPO, and report")
     sub.add_argument("--out", type=Path, required=True, help="run folder")
-    sub.add_argument("--weights", type=Path, default=SHIPPED, help="folder of `pretrain`")
+    sub.add_argument(
+        "--weights", type=Path, default=SHIPPED, help="folder of `pretrain`; the shipped one"
+    )
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    sub.add_argument("--strict-resume", action="store_true", help="refuse a damaged newest one")
+    sub.add_argument(
+        "--strict-resume",
+        action="store_true",
+        help="--resume, but a damaged newest one is an error",
+    )
     sub.add_argument("--figure", type=Path, help="also write the README's figure there")
     sub = command("evaluate", _evaluate, "score weights or a run on held-out prompts")
     policy_of(sub, "scored")
     sub = command("sample", _sample, "write a GIF for each prompt")
     sub.add_argument("prompts", nargs="+", help='such as "a 3 moves left slowly, then turns up"')
-    sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--out", type=Path, required=True, help="folder of the GIFs")
     policy_of(sub, "sampled")
     sub = command("diversity", _diversity, "how different the branches are, beside other noise")
     policy_of(sub, "rolled out")
-    sub.add_argument("--rollouts", type=int, default=20)
+    sub.add_argument("--rollouts", type=int, default=20, help="how many; 20")
     sub.add_argument("--record", type=Path, help="also write the numbers there")
-    sub = command("verify", _verify, "does it learn: signed test and shuffled-advantage control")
-    sub.add_argument("--out", type=Path, default=Path("runs/verify"))
-    sub.add_argument("--seeds", type=int, default=3)
-    sub.add_argument("--processes", type=int, default=2)
+    sub = command(
+        "verify",
+        _verify,
+        "does it learn: signed test and shuffled-advantage control, from the shipped weights; about"
+        " 25 minutes on two cores",
+    )
+    sub.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/verify"),
+        help="folder of the arms' results, which are not run again; runs/verify",
+    )
+    sub.add_argument("--seeds", type=int, default=3, help="training seeds, at least 2; 3")
+    sub.add_argument("--processes", type=int, default=2, help="arms at a time; 2")
     sub.add_argument("--record", type=Path, help="also write the summary there")
-    sub = command("verify-arm", _verify_arm, "one arm of `verify`")
+    sub = command("verify-arm", _verify_arm, "one arm of `verify`, which runs it")
     sub.add_argument("--arm", choices=(*verify.ARMS, verify.START), required=True)
     sub.add_argument("--seed", type=int, required=True)
     sub.add_argument("--out", type=Path, required=True)
