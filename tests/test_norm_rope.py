@@ -160,16 +160,45 @@ def test_write_composes_with_the_pool() -> None:
     assert torch.equal(pool.v(0)[rows[1].slot(2)], k[1, 8:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
-def test_rows_do_not_depend_on_each_other_or_on_threads(backend: str) -> None:
+def test_bits_of_a_row_do_not_depend_on_the_others(backend: str, dtype) -> None:
     grid, rope = GRIDS["odd"], RopeTable(32)
-    q, k, qw, kw = make(grid, rows=4)
-    run = lambda q, k: qk_norm_rope(q, k, qw, kw, rope, 2, grid=grid, backend=backend)
-    together = run(q, k)
-    order = torch.tensor([2, 0, 3, 1])
-    for a, b in zip(together, run(q[order], k[order]), strict=True):
-        assert torch.equal(a[order], b)
-    assert torch.equal(together[0][1:2], run(q[1:2], k[1:2])[0])
+    q, k, qw, kw = make(grid, rows=4, dtype=dtype)
+    grads = make(grid, rows=4, dtype=dtype, seed=1)[:2]
+
+    def run(rows: list[int]) -> tuple[torch.Tensor, ...]:
+        leaves = [t[rows].requires_grad_() for t in (q, k)]
+        out = qk_norm_rope(*leaves, qw, kw, rope, 2, grid=grid, backend=backend)
+        return *out, *torch.autograd.grad(out, leaves, [g[rows] for g in grads])
+
+    together = run([0, 1, 2, 3])
+    for rows in ([2, 0, 3, 1], [0], [1], [2], [3]):
+        for a, b in zip(together, run(rows), strict=True):
+            assert torch.equal(a[rows], b), rows
+
+
+def test_repeats_give_the_same_bits() -> None:
+    grid, rope = (3, 8, 8), RopeTable(32)
+    leaves = [t.requires_grad_() for t in make(grid)]
+
+    def run() -> tuple[torch.Tensor, ...]:
+        q, k = qk_norm_rope(*leaves, rope, 0, grid=grid, backend="cpu")
+        return q, k, *torch.autograd.grad(q.sum() + k.square().sum(), leaves)
+
+    first = run()
+    for _ in range(250):
+        assert all(map(torch.equal, run(), first))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_double_backward_is_refused(backend: str) -> None:
+    grid = (1, 2, 2)
+    leaves = [t.requires_grad_() for t in make(grid)]
+    q, _ = qk_norm_rope(*leaves, RopeTable(32), 0, grid=grid, backend=backend)
+    (grad,) = torch.autograd.grad(q.square().sum(), leaves[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
 
 
 def test_weight_gradients_do_not_depend_on_threads() -> None:
@@ -205,9 +234,10 @@ def test_registration_is_sound() -> None:
         )
 
 
-def test_compiles_without_graph_breaks() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "triton", "reference"])
+def test_compiles_without_graph_breaks(backend: str) -> None:
     grid, rope = (2, 2, 2), RopeTable(32)
-    run = lambda *x: qk_norm_rope(*x, rope, 3, grid=grid)
+    run = lambda *x: qk_norm_rope(*x, rope, 3, grid=grid, backend=backend)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
 
     def with_grads(f):

@@ -188,6 +188,12 @@ def test_bits_of_a_row_on_the_reference() -> None:
         one = (inputs[0][[b]], *inputs[1:3], inputs[3][[b]], inputs[4][[b]])
         alone = results(one, RouteTable([rows[b]], case.F), "reference", weight[[b]])
         assert_same_bits(alone, tuple(t[[b]] for t in together))
+    order = [*range(case.B)][::-1]
+    turned = (inputs[0][order], *inputs[1:3], inputs[3][order], inputs[4][order])
+    table = RouteTable([rows[b] for b in order], case.F)
+    assert_same_bits(
+        results(turned, table, "reference", weight[order]), tuple(t[order] for t in together)
+    )
 
 
 @each_dtype

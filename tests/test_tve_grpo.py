@@ -270,3 +270,15 @@ def test_an_update_is_two_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launches == ["energies_kernel", "gradient_kernel"]
     # fill_: what the tests put into new memory. Zeros or a copy would go by other names.
     assert set(operations) <= {"new_empty", "empty_like", "slice", "view", "fill_"}
+
+
+@each_dtype
+def test_repeats_give_the_same_bits(dtype: torch.dtype) -> None:
+    pred, *rest = make(dtype, G=8, S=4, rest=(5_000,))
+    pred.requires_grad_()
+    run = lambda: tve_grpo_loss(pred, *rest)
+    first = run()
+    for _ in range(250):
+        again = run()
+        assert torch.equal(again.numbers, first.numbers)
+        assert again.pred_grad is not None and torch.equal(again.pred_grad, first.pred_grad)

@@ -352,3 +352,13 @@ def test_metrics_are_always_json(tmp_path: Path) -> None:
     session.write_metrics(path, {"a": float("nan"), "b": float("-inf"), "c": "x" * 9999, "step": 1})
     (row,) = session.read_metrics(path)
     assert row["a"] == "nan" and row["b"] == "-inf" and len(row["c"]) == 2000
+
+
+def test_without_the_extra_it_says_what_to_install() -> None:
+    code = (
+        "import sys; sys.modules['tqdm'] = None; from kvpo_trainer.__main__ import main;"
+        "sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "tqdm is not installed; pip install 'kvpo_kernels[train]'" in done.stderr

@@ -246,3 +246,32 @@ def test_the_page_names_metrics_that_there_are(
         assert any(fnmatch.fnmatch(metric, name) for metric in metrics), name
     for spread in ("reward_spread", "pixel_spread", "score_spread"):
         assert metrics[spread] > 0
+
+
+def test_groups_with_nothing_to_tell_apart_are_counted(
+    generator: Generator, reward_model: RewardModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_of(generator, reward_model)
+    rewards_of = trainer._rewards
+
+    def first_flat(*args: object) -> torch.Tensor:
+        rewards = rewards_of(*args)
+        rewards[:, 0] = 0.5
+        return rewards
+
+    monkeypatch.setattr(trainer, "_rewards", first_flat)
+    result = trainer.step()
+    assert result.metrics["zero_std_groups"] == result.metrics["equal_advantage_groups"] == 1
+    assert not result.advantages[0].any() and result.advantages[1].any()
+
+    trainer = trainer_of(generator, reward_model)
+    monkeypatch.setattr(trainer, "_rewards", lambda *a: torch.full_like(rewards_of(*a), 0.5))
+    result = trainer.step()
+    assert result.metrics["zero_std_groups"] == 2 and result.metrics["clamped_share"] == 0
+    # But for the 1e-10 in the logarithm of the KL, times its coefficient of 10.
+    assert abs(result.metrics["loss"]) < 1e-8 and result.metrics["grad_norm"] < 1e-8
+
+    tight = trainer_of(generator, reward_model, replace(CONFIG, advantage_clamp=1e-3)).step()
+    size = tight.advantages.abs()
+    assert tight.metrics["clamped_share"] == pytest.approx(float((size >= 1e-3).float().mean()))
+    assert tight.metrics["clamped_share"] > 0
