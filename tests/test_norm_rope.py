@@ -376,6 +376,19 @@ def test_angles_made_in_another_mode_serve_later() -> None:
             assert torch.equal(out, again) and q.grad is not None
 
 
+@pytest.mark.parametrize("page", [None, torch.int8])
+def test_a_write_has_shapes_without_values(page: torch.dtype | None) -> None:
+    grid, rope, slots = (2, 2, 2), RopeTable(32), torch.tensor([[0, 1], [2, 4]])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pool = FramePool(5, 4, 1, 2, 32, dtype=torch.float32, page_dtype=page)
+        where = {"k_pool": pool.k(0), "v_pool": pool.v(0), "slots": torch.zeros_like(slots)}
+        if page:
+            where |= {"k_scales": pool.k_scales(0), "v_scales": pool.v_scales(0)}
+        q, k, qw, kw = make(grid, heads=(3, 2))
+        out = qk_norm_rope_write(q, k, k, qw, kw, rope, 0, grid=grid, **where)
+    assert out.shape == q.shape and out.dtype is q.dtype
+
+
 def test_errors_name_the_argument() -> None:
     grid, rope = (2, 2, 2), RopeTable(32, max_frames=16)
     q, k, qw, kw = make(grid, heads=(2, 2))

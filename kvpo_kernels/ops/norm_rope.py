@@ -23,6 +23,7 @@ from kvpo_kernels.ops.store_frames import (
     check_slots,
     note_written,
     store_frames,
+    under_fake_mode,
     why_not_page,
 )
 from kvpo_kernels.registry import Backend
@@ -117,7 +118,7 @@ class RopeTable:
             ShapeError: a frame, row or column outside the table, named with its limit.
         """
         key = (first_frame, *grid, wide)
-        if _under_fake_mode():
+        if under_fake_mode():  # real angles would not fit, and fake ones would fit none later
             return self._make(first_frame, grid, wide)
         if key not in self._grids:
             self._check(first_frame, grid)
@@ -176,13 +177,6 @@ class RopeTable:
         angles = torch.cat(axes, dim=-1).reshape(-1, self.head_dim // 2)
         dtype = torch.float64 if wide else torch.float32
         return tuple(f().to(dtype).to(self._device) for f in (angles.cos, angles.sin))  # type: ignore[return-value]
-
-
-def _under_fake_mode() -> bool:
-    """Real angles would not fit the other tensors, and fake ones would fit none later."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def qk_norm_rope(

@@ -135,6 +135,13 @@ def check_scales(
     return True
 
 
+def under_fake_mode() -> bool:
+    """Whether tensors have shapes only, outside a compiler's trace."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
 def check_slots(slots: Tensor, shape: list[int], num_slots: int) -> None:
     """Check the slots that rows of frames, `[B, frames]`, are about to be written to.
 
@@ -145,8 +152,8 @@ def check_slots(slots: Tensor, shape: list[int], num_slots: int) -> None:
         raise DtypeError(f"slots must be int64 on the cpu, got {slots.dtype} on {slots.device}")
     if list(slots.shape) != shape:
         raise ShapeError(f"slots must be {shape}, got {list(slots.shape)}")
-    if torch.compiler.is_compiling():
-        return  # values are not known while tracing
+    if torch.compiler.is_compiling() or under_fake_mode():
+        return  # values are not known
     named = slots.flatten().tolist()
     if not named or (min(named) >= 0 and max(named) < num_slots and len(set(named)) == len(named)):
         return
