@@ -127,7 +127,7 @@ void for_each_token(const NormRopeForward& a, const Visit& visit) {
   const auto& s = a.shape;
   const int64_t D = s.head_size, C = s.heads * D, run = Angles::run(D),
                 runs = (s.tokens + run - 1) / run;
-  const auto one = [&](int64_t i) {
+  for_each(runs, a.threads, [&](int64_t i) {
     const int64_t first = i * run, last = min_of<int64_t>(s.tokens, first + run);
     Angles angles;
     angles.expand(a, first, last, 1.0f);
@@ -140,11 +140,6 @@ void for_each_token(const NormRopeForward& a, const Visit& visit) {
       }
     if constexpr (kStream)
       stream_fence();
-  };
-  on_threads(a.threads, [&] {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < runs; ++i)
-      one(i);
   });
 }
 
@@ -193,7 +188,7 @@ template <typename T> void backward(const NormRopeBackward& args) {
   const int64_t chunks = min_of<int64_t>(s.tokens, 64);
   const Scratch scratch(static_cast<size_t>(max_of<int64_t>(chunks, 1) * 2 * C) * sizeof(float));
   float* partial = reinterpret_cast<float*>(scratch.data()); // [chunks, C] sums, [chunks, C] g
-  const auto one = [&](int64_t chunk) {
+  for_each(chunks, a.threads, [&](int64_t chunk) {
     float* grad_w = partial + chunk * C;
     float* g = partial + (chunks + chunk) * C;
     for (int64_t i = 0; i < C; i += kWidth)
@@ -224,11 +219,6 @@ template <typename T> void backward(const NormRopeBackward& args) {
           store(grad_x + i, mul(rv, fma(load(x + i), shift, load(g + i))));
       }
     }
-  };
-  on_threads(a.threads, [&] {
-#pragma omp for schedule(static)
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
-      one(chunk);
   });
   for (int64_t i = 0; i < C; i += kWidth) {
     Vec sum = zero();

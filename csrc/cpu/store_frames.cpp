@@ -75,11 +75,8 @@ template <typename T, typename P> void head(const StoreFrames& a, int64_t frame,
 
 // A head of a frame is read twice, the second time from the core's own cache.
 template <typename T, typename P> void store_all(const StoreFrames& a) {
-  on_threads(a.threads, [&] {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < a.count * a.heads; ++i)
-      head<T, P>(a, i / a.heads, i % a.heads);
-  });
+  for_each(a.count * a.heads, a.threads,
+           [&](int64_t i) { head<T, P>(a, i / a.heads, i % a.heads); });
 }
 
 template <typename T> void store_all(const StoreFrames& a) {

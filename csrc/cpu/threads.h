@@ -41,5 +41,14 @@ template <typename Work> KVPO_INLINE void on_threads(int threads, Work&& work) {
   }
 }
 
+// Calls visit(i) for all i below `count`, each thread for a stretch of them.
+template <typename Visit> KVPO_INLINE void for_each(int64_t count, int threads, Visit&& visit) {
+  on_threads(threads, [&] {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < count; ++i)
+      visit(i);
+  });
+}
+
 } // namespace
 } // namespace kvpo::cpu::KVPO_ISA

@@ -5,7 +5,6 @@ with what as many branches show that go on from the same prefix, unrouted, under
 """
 
 import datetime
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor
 from kvpo_kernels import HistoryRouting
 from kvpo_trainer.config import RunConfig, routing_text, to_mapping
 from kvpo_trainer.data import Prompt, tokenize, unpatchify
+from kvpo_trainer.evaluation import standard_error
 from kvpo_trainer.generator import Generator
 from kvpo_trainer.rewards import HEADS, RewardConfig, RewardModel
 from kvpo_trainer.rollout import Rollout, roll_out
@@ -105,8 +105,7 @@ def summarise(found: Diversity, config: RunConfig, weights: str) -> dict[str, An
     """Means with their standard errors, and what was measured: weights by checksum or path."""
 
     def mean(values: list[float]) -> dict[str, float]:
-        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return {"mean": statistics.fmean(values), "error": error}
+        return {"mean": statistics.fmean(values), "error": standard_error(values)}
 
     parts = {"routed": found.routed, "noise": found.noise, "cost": found.cost}
     return {

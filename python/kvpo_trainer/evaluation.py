@@ -1,6 +1,7 @@
 """What a generator is worth: rewards and the judge's measures on given prompts and noise."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,12 @@ def evaluate(
     scores = dict(zip(HEADS, by_head, strict=True))
     scores["reward"] = (torch.tensor(rewards.weights)[:, None] * by_head).sum(0)
     return Evaluation(videos, scores | judge(videos, prompts, 0, data))
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values; NaN for one."""
+    n = len(values)
+    return statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
 
 
 def paired_difference(after: Tensor, before: Tensor) -> Difference:

@@ -171,15 +171,9 @@ def phase_velocity(videos: Tensor) -> tuple[Tensor, Tensor]:
         Pixels per frame `[B, T - 1, 2]`, and the amplitudes `[B, T, 2]` that the phases belong to,
         in pixels of full ink: near 0 where nothing is seen, or no thing in one place.
     """
-    ink, n = _ink(videos), videos.shape[-1]
-    wave = torch.exp(-2j * math.pi * torch.arange(n) / n)
-    steps, amplitudes = [], []
-    for other_axis in (-1, -2):  # rows: summed over columns
-        phase = (ink.sum(other_axis).to(wave.dtype) * wave).sum(-1)
-        turn = torch.angle(phase[:, 1:] * phase[:, :-1].conj())
-        steps.append(-turn * n / (2 * math.pi))
-        amplitudes.append(phase.abs())
-    return torch.stack(steps, dim=-1), torch.stack(amplitudes, dim=-1)
+    phases = _phases(_ink(videos))
+    turns = torch.angle(phases[:, 1:] * phases[:, :-1].conj())
+    return -turns * videos.shape[-1] / (2 * math.pi), phases.abs()
 
 
 def best_shift(videos: Tensor) -> Tensor:
@@ -249,14 +243,20 @@ def _ink(videos: Tensor) -> Tensor:
     return ((videos + 1) / 2).clamp(0, 1)
 
 
+def _phases(ink: Tensor) -> Tensor:
+    """First Fourier coefficients of the ink, complex `[..., 2]`: along rows, along columns."""
+    n = ink.shape[-1]
+    wave = torch.exp(-2j * math.pi * torch.arange(n) / n)
+    sums = (ink.sum(other_axis).to(wave.dtype) for other_axis in (-1, -2))
+    return torch.stack([(s * wave).sum(-1) for s in sums], dim=-1)
+
+
 def _centred(ink: Tensor) -> Tensor:
     """Each frame rolled so that its ink is centred, on the torus."""
     n = ink.shape[-1]
-    wave = torch.exp(-2j * math.pi * torch.arange(n) / n)
-    index = torch.arange(n)
+    phases, index = _phases(ink), torch.arange(n)
     rolled = ink
-    for axis, other in ((-2, -1), (-1, -2)):
-        phase = (ink.sum(other).to(wave.dtype) * wave).sum(-1)
+    for axis, phase in zip((-2, -1), phases.unbind(-1), strict=True):
         centre = (-torch.angle(phase) * n / (2 * math.pi)).round().long()
         source = (index + centre[:, None] - n // 2) % n
         shape = (-1, n, 1) if axis == -2 else (-1, 1, n)

@@ -24,7 +24,7 @@ import torch
 
 from kvpo_trainer.config import RunConfig, of_weights, routing_text, to_mapping
 from kvpo_trainer.data import split_prompts
-from kvpo_trainer.evaluation import Evaluation, evaluate
+from kvpo_trainer.evaluation import Evaluation, evaluate, standard_error
 from kvpo_trainer.update import Trainer
 from kvpo_trainer.weights import load_weights
 
@@ -47,8 +47,7 @@ class Gap:
     @property
     def error(self) -> float:
         """Standard error over the seeds; NaN for one seed."""
-        n = len(self.per_seed)
-        return statistics.stdev(self.per_seed) / math.sqrt(n) if n > 1 else math.nan
+        return standard_error(self.per_seed)
 
     @property
     def errors(self) -> float:
