@@ -20,9 +20,9 @@ from kvpo_kernels.ops.advantages import fuse_advantages as fuse_advantages
 from kvpo_kernels.ops.branch_policy_loss import BranchPolicyLoss as BranchPolicyLoss
 from kvpo_kernels.ops.branch_policy_loss import ContrastiveObjective as ContrastiveObjective
 from kvpo_kernels.ops.branch_policy_loss import branch_policy_loss as branch_policy_loss
-from kvpo_kernels.ops.norm_rope import RopeTable as RopeTable
 from kvpo_kernels.ops.norm_rope import qk_norm_rope as qk_norm_rope
 from kvpo_kernels.ops.norm_rope import qk_norm_rope_write as qk_norm_rope_write
+from kvpo_kernels.ops.rope_table import RopeTable as RopeTable
 from kvpo_kernels.ops.routed_attention import routed_attention as routed_attention
 from kvpo_kernels.ops.store_frames import quantize_frames as quantize_frames
 from kvpo_kernels.ops.tve_grpo import TveGrpoLoss as TveGrpoLoss

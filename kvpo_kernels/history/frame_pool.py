@@ -123,19 +123,21 @@ class FramePool:
 
     def k(self, layer: int) -> Tensor:
         """The keys of a layer, a view `[F, T, H, D]`."""
-        return self._pages.storage[0, layer].data
+        return _view(self._pages.layers[0][layer])
 
     def v(self, layer: int) -> Tensor:
         """The values of a layer, a view `[F, T, H, D]`."""
-        return self._pages.storage[1, layer].data
+        return _view(self._pages.layers[1][layer])
 
     def k_scales(self, layer: int) -> Tensor | None:
         """The scales of a layer's keys, a view `[F, H]` float32; None in a pool of plain frames."""
-        return None if self._pages.scales is None else self._pages.scales[0, layer].data
+        scales = self._pages.layer_scales
+        return None if scales is None else _view(scales[0][layer])
 
     def v_scales(self, layer: int) -> Tensor | None:
         """As `k_scales`, of the values."""
-        return None if self._pages.scales is None else self._pages.scales[1, layer].data
+        scales = self._pages.layer_scales
+        return None if scales is None else _view(scales[1][layer])
 
     def timeline(self) -> "Timeline":
         """An empty timeline."""
@@ -492,6 +494,12 @@ class FramePool:
             f"frame pool: {needed} slots needed, {len(self._free)} of {self.num_slots} free; {held}"
             f" held by timelines, {tables_only} by route tables or pending backwards only"
         )
+
+
+def _view(layer: Tensor) -> Tensor:
+    """With a version counter of its own; in a compiled graph the tensor itself, whose writes the
+    compiler can then see."""
+    return layer if torch.compiler.is_compiling() else layer.data
 
 
 def _kept(

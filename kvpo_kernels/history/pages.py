@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from kvpo_kernels.history.route_table import size_may_differ
+
 
 class Pages:
     """Keys and values of `num_slots` frames on a device and of `host_slots` more in host memory.
@@ -39,6 +41,8 @@ class Pages:
         target = torch.device(device)
         self.storage = torch.zeros(2, num_layers, num_slots, *page, dtype=dtype, device=target)
         """`[2, layers, F, T, H, D]`: keys, then values."""
+        self.layers = _apart(self.storage)
+        """By part (keys, values) and layer: `[F, T, H, D]`, as `storage`."""
         self.memory: tuple[int, int] | None = None
         """Addresses of the first byte of `storage` and past its last; None where it has none."""
         if type(self.storage) is Tensor and target.type != "meta":
@@ -49,6 +53,8 @@ class Pages:
         if scaled:
             sizes = (2, num_layers, num_slots, page[1])
             self.scales = torch.ones(*sizes, dtype=torch.float32, device=target)
+        self.layer_scales = None if self.scales is None else _apart(self.scales)
+        """By part and layer: `[F, H]`, as `scales`."""
         host = "cpu" if target.type == "cuda" else target  # meta stays meta
         self.host = [
             torch.zeros(
@@ -69,6 +75,15 @@ class Pages:
             for tensor in self._device():  # a pool may die while frames still move
                 tensor.record_stream(self._mover)
         self._moving: dict[int, torch.cuda.Event] = {}
+
+    def renew(self) -> None:
+        """Give every layer another version counter, before some slots are written to.
+
+        A backward through a compiled graph has saved these very tensors, and reads other slots.
+        """
+        for parts in (self.layers, self.layer_scales or []):
+            for row in parts:
+                row[:] = [size_may_differ(layer.data, 0) for layer in row]
 
     @property
     def nbytes(self) -> int:
@@ -129,3 +144,25 @@ class Pages:
         if slot < self.num_slots:
             return on_device, slot
         return on_host, slot - self.num_slots
+
+
+def _apart(tensor: Tensor) -> list[list[Tensor]]:
+    """`tensor[i, j]` for all i, j: the same memory, each in a storage of its own.
+
+    They share no byte, and are not to look as if they did: views of one storage that is written to
+    are one tensor to a compiler. Inductor copies it as a whole and, where a size is dynamic, puts
+    it together wrongly (seen with torch 2.11 and 2.13).
+    """
+    if type(tensor) is not Tensor or tensor.device.type == "meta":  # no memory
+        return [list(part.unbind()) for part in tensor.unbind()]
+    memory, size = tensor.untyped_storage(), tensor[0, 0].nbytes
+    shape, strides = tensor.shape[2:], tensor.stride()[2:]
+
+    def part(first: int) -> Tensor:
+        piece = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        piece.set_(memory[first : first + size], 0, shape, strides)
+        return size_may_differ(piece, 0)
+
+    at = range(0, tensor.nbytes, size)
+    layers = tensor.shape[1]
+    return [[part(first) for first in at[i * layers : (i + 1) * layers]] for i in range(2)]

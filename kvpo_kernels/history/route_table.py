@@ -56,7 +56,9 @@ class RouteTable:
             if isinstance(slot_lists, Tensor)
             else max((len(row) for row in rows), default=0)
         )
-        self.slots = self._padded(rows).to(target, non_blocking=True)
+        # `num_slots` as a size: a compiler takes an int for a constant until it has seen another.
+        self._pool_size = size_may_differ(torch.empty(self.num_slots, 0, device="cpu"), 0)
+        self.slots = size_may_differ(self._padded(rows).to(target, non_blocking=True), 1)
         self._hold(rows)
         self.spent = False
         """Whether `FramePool.advance` has handed slots of it to new frames."""
@@ -92,6 +94,12 @@ class RouteTable:
 
     def _hold(self, rows: Rows) -> None:
         """Called with the slots that `slots` is about to name, before it is used; may refuse."""
+
+    def fits(self, pool: Tensor) -> bool:
+        """Whether the table was made for as many slots as a pool `[F, T, H, D]` has."""
+        if torch.compiler.is_compiling():
+            return self._pool_size.shape[0] == pool.shape[0]
+        return self.num_slots == pool.shape[0]
 
     def check_memory(self, name: str, pool: Tensor) -> None:
         """Check that a table made by a `FramePool` is used over its frames: it holds no others.
@@ -178,3 +186,12 @@ def has_no_memory(tensor: Tensor) -> bool:
         or tensor.device.type == "meta"
         or tensor.numel() == 0
     )
+
+
+def size_may_differ(tensor: Tensor, dim: int) -> Tensor:
+    """Tell torch.compile that the next tensor may have another size there, sparing it a graph.
+
+    As `torch._dynamo.maybe_mark_dynamic`, whose import takes a second.
+    """
+    tensor._dynamo_weak_dynamic_indices = {dim}  # type: ignore[attr-defined]
+    return tensor

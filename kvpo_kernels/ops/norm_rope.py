@@ -18,12 +18,13 @@ from kvpo_kernels.errors import (
     GradientError,
     ShapeError,
 )
+from kvpo_kernels.ops.rope_table import RopeTable
 from kvpo_kernels.ops.store_frames import (
+    check_offsets,
     check_scales,
     check_slots,
     note_written,
     store_frames,
-    under_fake_mode,
     why_not_page,
 )
 from kvpo_kernels.registry import Backend
@@ -64,128 +65,13 @@ BACKENDS: tuple[Backend[Problem], ...] = (
 )
 
 
-class RopeTable:
-    """Angles of the 3-D rotary embedding, as Wan splits them over a head.
-
-    Of the c = D/2 pairs (2i, 2i+1) of a head the first c - 2*(c//3) turn with the absolute frame
-    index, the next c//3 with the row and the last c//3 with the column, pair j of an axis with n
-    pairs at frequency `theta ** (-j / n)`. Angles are computed in float64; their cosines and sines
-    are kept in float32 (and in float64 for float64 input).
-
-    Args:
-        head_dim: D, even.
-        max_frames: absolute frame indices below this can be rotated.
-        max_height, max_width: size of the largest token grid.
-        theta: 10000 in Wan.
-        device: of the tables.
-        in_place: `tokens` hands out the same memory for every block of a grid, filled for the one
-            last asked for: what a captured CUDA graph reads. Ask for the next block, then replay.
-
-    Source: Su et al. (arXiv:2104.09864); the axis split of Wan (arXiv:2503.20314).
-    """
-
-    def __init__(
-        self,
-        head_dim: int,
-        max_frames: int = 1024,
-        max_height: int = 64,
-        max_width: int = 64,
-        theta: float = 10000.0,
-        device: torch.device | str = "cpu",
-        in_place: bool = False,
-    ) -> None:
-        if head_dim < 2 or head_dim % 2:
-            raise ShapeError(f"head_dim must be even and at least 2, got {head_dim}")
-        if not theta > 0:
-            raise ConfigError(f"theta must be positive, got {theta}")
-        self.head_dim, self.theta = head_dim, theta
-        self.limits = (max_frames, max_height, max_width)
-        pairs = head_dim // 2
-        self._pairs = (pairs - 2 * (pairs // 3), pairs // 3, pairs // 3)
-        self._device = torch.device(device)
-        self._grids: dict[tuple[int, int, int, int, bool], tuple[Tensor, Tensor]] = {}
-        self.in_place = in_place
-        self._filled: dict[tuple[int, int, int, bool], tuple[int, tuple[Tensor, Tensor]]] = {}
-
-    def tokens(
-        self, first_frame: int, grid: tuple[int, int, int], wide: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines `[frames * height * width, D / 2]` of a block's tokens.
-
-        Kept for the next call with the same block, as every layer and step of it makes.
-
-        Raises:
-            ShapeError: a frame, row or column outside the table, named with its limit.
-        """
-        key = (first_frame, *grid, wide)
-        if under_fake_mode():  # real angles would not fit, and fake ones would fit none later
-            return self._make(first_frame, grid, wide)
-        if key not in self._grids:
-            self._check(first_frame, grid)
-            made = self._make(first_frame, grid, wide)
-            if type(made[0]) is not Tensor:  # a fake mode's: of no use outside of it
-                return made
-            if len(self._grids) >= 64:  # blocks come in order: the oldest is not asked for again
-                self._grids.pop(next(iter(self._grids)))
-            self._grids[key] = made
-        made = self._grids[key]
-        return self._fill(first_frame, (*grid, wide), made) if self.in_place else made
-
-    @torch.inference_mode(False)
-    def _fill(
-        self, first_frame: int, key: tuple[int, int, int, bool], made: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        if key not in self._filled:
-            self._filled[key] = (first_frame, (made[0].clone(), made[1].clone()))
-        held, memory = self._filled[key]
-        if held != first_frame:
-            for to, value in zip(memory, made, strict=True):
-                to.copy_(value)
-            self._filled[key] = (first_frame, memory)
-        return memory
-
-    def _check(self, first_frame: int, grid: tuple[int, int, int]) -> None:
-        frames, height, width = grid
-        if any(isinstance(n, float) for n in (first_frame, *grid)):
-            raise DtypeError(f"first_frame and grid must be ints, got {first_frame} and {grid}")
-        if min(grid) < 1:
-            raise ShapeError(f"grid must be at least (1, 1, 1), got {grid}")
-        if first_frame < 0:
-            raise ShapeError(f"first_frame must be at least 0, got {first_frame}")
-        last = first_frame + frames - 1
-        for name, value, limit in (
-            ("frame", last, self.limits[0]),
-            ("height", height - 1, self.limits[1]),
-            ("width", width - 1, self.limits[2]),
-        ):
-            if value >= limit:
-                raise ShapeError(f"rope table: {name} {value} not in [0, {limit})")
-
-    @torch.inference_mode(False)  # they may be asked for again with gradients
-    def _make(
-        self, first_frame: int, grid: tuple[int, int, int], wide: bool
-    ) -> tuple[Tensor, Tensor]:
-        axes = []
-        for axis, (n, start) in enumerate(zip(grid, (first_frame, 0, 0), strict=True)):
-            pairs = self._pairs[axis]
-            index = torch.arange(pairs, dtype=torch.float64, device="cpu")
-            position = torch.arange(start, start + n, dtype=torch.float64, device="cpu")
-            angle = position[:, None] * self.theta ** (-index / max(pairs, 1))
-            shape = [1, 1, 1, pairs]
-            shape[axis] = n
-            axes.append(angle.view(shape).expand(*grid, pairs))
-        angles = torch.cat(axes, dim=-1).reshape(-1, self.head_dim // 2)
-        dtype = torch.float64 if wide else torch.float32
-        return tuple(f().to(dtype).to(self._device) for f in (angles.cos, angles.sin))  # type: ignore[return-value]
-
-
 def qk_norm_rope(
     q: Tensor,
     k: Tensor,
     q_weight: Tensor,
     k_weight: Tensor,
     rope: RopeTable,
-    first_frame: int,
+    first_frame: int | Tensor,
     *,
     grid: tuple[int, int, int],
     eps: float = 1e-6,
@@ -202,7 +88,8 @@ def qk_norm_rope(
         q_weight: `[H * D]`, in any float dtype.
         k_weight: `[Hkv * D]`.
         rope: the angles; `RopeTable(D)`.
-        first_frame: absolute index of the block's first frame.
+        first_frame: absolute index of the block's first frame; or an int64 tensor of that one
+            value, so that a captured or compiled step serves every block.
         grid: (frames, height, width).
         eps: added to the mean square.
         backend: a name in `BACKENDS`; None takes the first that can run.
@@ -236,7 +123,7 @@ def qk_norm_rope_write(
     q_weight: Tensor,
     k_weight: Tensor,
     rope: RopeTable,
-    first_frame: int,
+    first_frame: int | Tensor,
     *,
     grid: tuple[int, int, int],
     k_pool: Tensor,
@@ -288,7 +175,7 @@ def _prepare(
     q_weight: Tensor,
     k_weight: Tensor,
     rope: RopeTable,
-    first_frame: int,
+    first_frame: int | Tensor,
     grid: tuple[int, int, int],
     eps: float,
     backend: str | None,
@@ -433,7 +320,8 @@ def _backward_fake(
     )
 
 
-def _write_fake(q: Tensor, *_: object) -> Tensor:
+def _write_fake(q: Tensor, *others: Tensor) -> Tensor:
+    check_offsets({"k_pool": others[6], "v_pool": others[7]})
     return q.new_empty(q.shape)
 
 

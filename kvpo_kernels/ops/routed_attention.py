@@ -302,7 +302,7 @@ def _check(
         raise DtypeError(f"table must be a RouteTable, got {type(table).__name__}")
     if table.num_rows != q.shape[0]:
         raise ShapeError(f"table has {table.num_rows} rows, but q has {q.shape[0]}")
-    if table.num_slots != k_pool.shape[0]:
+    if not table.fits(k_pool):
         raise ShapeError(
             f"table was made for a pool of {table.num_slots} slots,"
             f" but k_pool has {k_pool.shape[0]}"

@@ -190,6 +190,23 @@ def store_frames(
         note_written(pool, scales)
 
 
+def check_offsets(written: dict[str, Tensor]) -> None:
+    """Refuse what a compiled graph would write elsewhere; called where it is traced.
+
+    Inductor puts an offset that it takes for dynamic at 0 (seen with torch 2.11 and 2.13).
+
+    Raises:
+        ShapeError: a tensor that begins somewhere inside its memory, at an offset not constant.
+    """
+    for name, tensor in written.items():
+        if not isinstance(tensor.storage_offset(), int):
+            raise ShapeError(
+                f"{name} is a view into a larger tensor of dynamic sizes, and torch.compile would"
+                " write to another part of it: hand over memory of its own (a FramePool's layers"
+                " have), or compile with dynamic=False"
+            )
+
+
 def note_written(*tensors: Tensor) -> None:
     """Tell autograd of writes that it cannot see, so that no backward reads what it did not save.
 
@@ -210,8 +227,8 @@ def _store_impl(frames: Tensor, pool: Tensor, scales: Tensor, slots: Tensor, bac
     _MODULES[backend].load().store(frames, pool, scales, slots)
 
 
-def _store_fake(*_: object) -> None:
-    return None
+def _store_fake(frames: Tensor, pool: Tensor, scales: Tensor, *_: object) -> None:
+    check_offsets({"pool": pool, "scales": scales})
 
 
 _store = registry.register("kvpo::store_frames", _store_impl, _store_fake)
