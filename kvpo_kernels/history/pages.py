@@ -1,6 +1,6 @@
 """The memory of a frame pool: its pages on the device and in host memory, and copies between them.
 
-What a slot means, and who may write to it, is `frame_pool.py`'s.
+What a slot means, and who may write to it, is `pool.py`'s.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,6 +41,7 @@ class Pages:
         target = torch.device(device)
         self.storage = torch.zeros(2, num_layers, num_slots, *page, dtype=dtype, device=target)
         """`[2, layers, F, T, H, D]`: keys, then values."""
+        self.device = self.storage.device
         self.layers = _apart(self.storage)
         """By part (keys, values) and layer: `[F, T, H, D]`, as `storage`."""
         self.memory: tuple[int, int] | None = None

@@ -116,6 +116,13 @@ class RouteTable:
                 " make a RouteTable"
             )
 
+    def check_frames(self, pool: Tensor) -> None:
+        """Check that the frames in `pool`, keys of a layer, are still those that were meant.
+
+        Raises:
+            FrameError: of a table made by a `FramePool`: some have been written over.
+        """
+
     def tolist(self) -> Rows:
         """The routes as ragged lists (synchronises where the table is on a GPU)."""
         return [[s for s in row if s >= 0] for row in self.slots.tolist()]

@@ -1,0 +1,27 @@
+"""Which pool's memory a tensor lies in."""
+
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+
+from kvpo_kernels.history.route_table import has_no_memory
+
+if TYPE_CHECKING:
+    from kvpo_kernels.history.pool import FramePool
+
+_POOLS: WeakValueDictionary[int, "FramePool"] = WeakValueDictionary()
+"""Of the storage, by its address, in which a pool's pages or scales are."""
+
+
+def register(pool: "FramePool") -> None:
+    """Let `pool_of` know the memory of a pool."""
+    for layer in range(pool.num_layers):
+        for view in (f(layer) for f in (pool.k, pool.v, pool.k_scales, pool.v_scales)):
+            if view is not None and not has_no_memory(view):
+                _POOLS[view.untyped_storage().data_ptr()] = pool
+
+
+def pool_of(tensor: Tensor) -> "FramePool | None":
+    """The pool in whose memory the tensor lies, where there are addresses to tell it by."""
+    return None if has_no_memory(tensor) else _POOLS.get(tensor.untyped_storage().data_ptr())
