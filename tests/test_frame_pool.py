@@ -777,7 +777,7 @@ def test_a_table_holds_what_it_was_given_whatever_it_came_as() -> None:
         lambda slots: [iter(slots)],
         lambda slots: (list(slots),),
         lambda slots: [slots[:1] + slots[1:]],
-        lambda slots: [[slots[0]] + slots[1:]],
+        lambda slots: [[slots[0], *slots[1:]]],
     ):
         pool = make_pool(4)
         video = filled(pool, 3)

@@ -187,7 +187,11 @@ def frame_attention_mass(
 
 @torch.no_grad()
 def text_relevance(
-    text_k: Tensor, k_pool: Tensor, slots: Iterable[Slot] | Iterable[int], *, k_scales: Tensor | None = None
+    text_k: Tensor,
+    k_pool: Tensor,
+    slots: Iterable[Slot] | Iterable[int],
+    *,
+    k_scales: Tensor | None = None,
 ) -> Tensor:
     r"""How well frames match a prompt: the score by which MemFlow's bank keeps its frames.
 

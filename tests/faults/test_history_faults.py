@@ -71,7 +71,7 @@ def test_a_route_to_a_frame_still_being_written() -> None:
     video.write(0, 6, page, page)
     slot = pool.prepare_write([video], 6, 1)[0]
     match = rf"route\[branch=0, slot=1\] = {slot[0]}: frame not resident: layer 1 of 2"
-    unchanged(pool, video, lambda: pool.routes([[video.slot(0)] + slot]), FrameError, match)
+    unchanged(pool, video, lambda: pool.routes([[video.slot(0), *slot]]), FrameError, match)
 
 
 def test_an_evicted_frame_names_what_is_resident() -> None:
