@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from kvpo_kernels import (
     FramePool,
     HistoryRouting,
+    PreparedSlots,
     RopeTable,
     RouteTable,
     Slots,
@@ -777,7 +778,7 @@ def test_a_table_holds_what_it_was_given_whatever_it_came_as() -> None:
         lambda slots: [iter(slots)],
         lambda slots: (list(slots),),
         lambda slots: [slots[:1] + slots[1:]],
-        lambda slots: [[slots[0]] + slots[1:]],
+        lambda slots: [[slots[0], *slots[1:]]],
     ):
         pool = make_pool(4)
         video = filled(pool, 3)
@@ -835,18 +836,23 @@ def test_frames_move_with_a_timeline_that_is_about_to_be_forgotten() -> None:
     assert pool.stats().free_slots == 6 and pool.stats().free_host_slots == 6
 
 
+Model = dict[int, float | None]
+
+
 class PoolMachine(RuleBasedStateMachine):
     """Random histories; the model keeps a private copy of every frame of every timeline."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = make_pool(16, host_slots=4)
-        self.live: list[tuple[Timeline, dict[int, float | None]]] = [(self.pool.timeline(), {})]
+        self.live: list[tuple[Timeline, Model]] = [(self.pool.timeline(), {})]
         self.tables: list[tuple[RouteTable, Slots, list[float]]] = []
         self.graphs: list[tuple[torch.Tensor, list[float], torch.Tensor]] = []
+        self.rows: list[tuple[Slots, Model, list[float]]] = []
+        self.prepared: list[tuple[PreparedSlots, Model, int]] = []
         self.next_value = 1.0
 
-    def pick(self, data: st.DataObject) -> tuple[Timeline, dict[int, float | None]]:
+    def pick(self, data: st.DataObject) -> tuple[Timeline, Model]:
         return self.live[data.draw(st.integers(0, len(self.live) - 1))]
 
     def offloaded(self, timeline: Timeline, frames: Iterable[int]) -> bool:
@@ -930,6 +936,48 @@ class PoolMachine(RuleBasedStateMachine):
             return
         row = timeline.routed(0, frames, 0)
         self.tables.append((self.pool.routes([row]), row, [model[f] for f in frames]))  # type: ignore[misc]
+
+    @rule(data=st.data())
+    def remember(self, data: st.DataObject) -> None:
+        """Slots to be used later, when their frames may have left them."""
+        timeline, model = self.pick(data)
+        here = [f for f in model if f not in timeline.offloaded_frames]
+        frames = [f for f in here if model[f] is not None and data.draw(st.booleans())]
+        self.rows.append((timeline.routed(0, frames, 0), model, [model[f] for f in frames]))  # type: ignore[misc]
+        if here:
+            frame = data.draw(st.sampled_from(here))
+            try:
+                slots = self.pool.prepare_write([timeline], frame, 1)
+            except PoolError:
+                return
+            self.prepared.append((slots, model, frame))
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def read_what_was_remembered(self, data: st.DataObject) -> None:
+        """An error, or the frames that were meant: as they were then, or their timeline's now."""
+        row, model, values = self.rows[data.draw(st.integers(0, len(self.rows) - 1))]
+        try:
+            self.pool.routes([row])
+        except FrameError:
+            return
+        for slot, frame, value in zip(row, row.frames, values, strict=True):
+            assert read(self.pool, slot) in (value, model.get(frame))
+
+    @precondition(lambda self: self.prepared)
+    @rule(data=st.data())
+    def write_what_was_remembered(self, data: st.DataObject) -> None:
+        """An error, or only the frame that was meant is written: the invariants see the others."""
+        slots, model, frame = self.prepared.pop(data.draw(st.integers(0, len(self.prepared) - 1)))
+        value, page = self.next_value, torch.full((1, 1, TOKENS, 1, 1), self.next_value)
+        self.next_value += 1
+        try:
+            for layer in range(LAYERS):
+                self.pool.write(layer, slots, page + 100_000 * layer, -page)
+        except PoolError:
+            return
+        assert frame in model
+        model[frame] = value
 
     @rule(data=st.data())
     def write_together(self, data: st.DataObject) -> None:
@@ -1043,7 +1091,8 @@ class PoolMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.live) > 1)
     @rule(explicit=st.booleans())
     def release(self, explicit: bool) -> None:
-        timeline, _ = self.live.pop()
+        timeline, model = self.live.pop()
+        model.clear()
         if explicit:
             timeline.release()
 

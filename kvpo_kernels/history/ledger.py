@@ -121,8 +121,8 @@ class Ledger:
             if generation[slot] != was and row._held[i].get(row.frames[i]) != slot:
                 raise FrameError(
                     f"{what.format(i)} = {slot} is stale: frame {row.frames[i]}"
-                    f" {self._what_became(row._held[i], row.frames[i])}, and the slot is another"
-                    " frame's now; ask the timeline again"
+                    f" {self._what_became(row._held[i], row.frames[i])}, and the slot has been"
+                    " written to since; ask the timeline again"
                 )
             if not (timelines[slot] or tables[slot]):
                 raise FrameError(

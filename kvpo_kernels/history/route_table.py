@@ -180,9 +180,11 @@ class RouteTable:
         return rows
 
     def _padded(self, rows: Rows) -> Tensor:
+        # Never a view: of those a compiled graph saves another tensor than `slots` itself.
+        if not rows:
+            return torch.empty(0, self.capacity, dtype=torch.int32, device="cpu")
         full = [row + [-1] * (self.capacity - len(row)) for row in rows]
-        shape = (self.num_rows, self.capacity)
-        return torch.tensor(full, dtype=torch.int32, device="cpu").reshape(shape)
+        return torch.tensor(full, dtype=torch.int32, device="cpu")
 
 
 def has_no_memory(tensor: Tensor) -> bool:

@@ -72,7 +72,7 @@ class Slots(Sequence[Slot]):
     """The slots of one row in their order, of `Timeline.window` and `Timeline.routed`.
 
     An immutable sequence of `Slot`s, for a row of `FramePool.routes`. `+` joins rows, a slice is a
-    row. It compares with lists of ints.
+    row. It compares with lists of ints, and with a list `+` gives a list.
 
     Attributes:
         frames: the absolute frames, in the same order.
@@ -151,23 +151,25 @@ class Slots(Sequence[Slot]):
             self._held[at],
         )
 
-    def __add__(self, other: Iterable[Slot]) -> "Slots":
+    @overload
+    def __add__(self, other: "Slots") -> "Slots": ...
+    @overload
+    def __add__(self, other: list[Any]) -> list[Any]: ...
+    def __add__(self, other: "Slots | list[Any]") -> "Slots | list[Any]":
         if not isinstance(other, Slots):
-            if not isinstance(other, list | tuple):
-                return NotImplemented
-            other = Slots.of(other, "the row[slot={}]")
+            return [*self, *other] if isinstance(other, list) else NotImplemented
         if self._pool is not other._pool and self and other:
             raise ShapeError("slots of two FramePools are no row")
         return Slots(
-            self._pool if self else other._pool or self._pool,
+            self._pool if self else other._pool,
             self._numbers + other._numbers,
             self.frames + other.frames,
             self._generations + other._generations,
             self._held + other._held,
         )
 
-    def __radd__(self, other: Iterable[Slot]) -> "Slots":
-        return Slots.of(other, "the row[slot={}]") + self
+    def __radd__(self, other: list[Any]) -> list[Any]:
+        return [*other, *self] if isinstance(other, list) else NotImplemented
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, Slots):
