@@ -441,7 +441,7 @@ def one_of(policy: str, scores: Any, energies: Any) -> tuple[str, Any]:
 def count_of(*inputs: Any) -> int | None:
     """The number of branches, if at least two of the inputs are `[G]` and no other disagrees."""
     sizes = [x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim == 1]
-    return sizes[0] if len(sizes) > 1 and len(set(sizes)) == 1 else None
+    return sizes[0] if len(sizes) > 1 and all(n == sizes[0] for n in sizes) else None
 
 
 def checked_scores(
@@ -486,7 +486,7 @@ def _checked(given: _Given, drop: bool) -> tuple[Tensor, Tensor, Tensor, Tensor 
         raise ShapeError(f"{name} must be [G] with G >= 1, got {list(scores.shape)}")
     like = (scores.device, scores.dtype, scores.shape[0])
     branches = count_of(given.old_scores, given.old_energies, given.advantages)
-    if branches not in (None, scores.shape[0]):
+    if branches is not None and branches != scores.shape[0]:
         raise ShapeError(
             f"{name} must be [{branches}] like the old policy's and the advantages, got"
             f" {list(scores.shape)}"

@@ -166,7 +166,7 @@ def tve_grpo_loss(
     branches = count_of(old_scores, old_energies, advantages)
     check_trajectories(pred, target, branches)
     weights = checked_weights(step_weights, pred, branches)
-    if branches not in (None, pred.shape[0]):
+    if branches is not None and branches != pred.shape[0]:
         raise ShapeError(
             f"pred must be [{branches}, S, ...] like the old policy's scores and the advantages,"
             f" got {list(pred.shape)}"

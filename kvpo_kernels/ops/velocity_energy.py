@@ -337,7 +337,10 @@ def checked_weights(step_weights: Tensor, pred: Tensor, branches: int | None = N
     if not step_weights.is_floating_point():
         raise DtypeError(f"step_weights must be a floating-point tensor, got {step_weights.dtype}")
     G, S = pred.shape[:2]
-    if step_weights.shape not in ((S,), (G, S)):
+    last = step_weights.shape[-1] if step_weights.ndim else None
+    per_branch = step_weights.ndim == 2 and step_weights.shape[0] == G
+    # Not `in`, which a compiler takes for false where sizes are symbols.
+    if last is None or last != S or not (step_weights.ndim == 1 or per_branch):
         raise ShapeError(_misfit(list(step_weights.shape), list(pred.shape), branches))
     if step_weights.device != pred.device:
         raise DtypeError(f"step_weights must be on {pred.device}, got {step_weights.device}")
