@@ -11,6 +11,7 @@ from kvpo_kernels.history.eviction import text_relevance as text_relevance
 from kvpo_kernels.history.planning import HistoryRouting as HistoryRouting
 from kvpo_kernels.history.planning import RoutingPlan as RoutingPlan
 from kvpo_kernels.history.planning import candidate_frames as candidate_frames
+from kvpo_kernels.history.planning import eligible_starts as eligible_starts
 from kvpo_kernels.history.planning import plan_history_routing as plan_history_routing
 from kvpo_kernels.history.pool import FramePool as FramePool
 from kvpo_kernels.history.route_table import RouteTable as RouteTable

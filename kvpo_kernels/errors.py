@@ -8,7 +8,23 @@ class KvpoError(Exception):
 
 
 class ShapeError(KvpoError, ValueError):
-    """An argument's rank, shape or value does not fit the others or the allowed range."""
+    """An argument's rank or shape does not fit the others."""
+
+
+class NonFiniteError(ShapeError):
+    """A value is NaN or infinite, or a result would be: out of the range of its dtype."""
+
+
+class RangeError(ShapeError):
+    """A value, an index or a count lies outside its range, or is named twice."""
+
+
+class GroupError(ShapeError):
+    """The ranks of a process group do not fit together."""
+
+
+class ArgumentError(KvpoError, TypeError):
+    """An argument is missing, or excludes another that is given."""
 
 
 class DtypeError(KvpoError, TypeError):
@@ -30,6 +46,10 @@ class FrameError(PoolError, ValueError):
 
 class GradientError(KvpoError, RuntimeError):
     """A gradient was asked of what has none, or a backward found what it needs changed."""
+
+
+class ConstantError(GradientError, ShapeError):
+    """An argument requires grad, but is a constant: detach it."""
 
 
 class BackendUnavailable(KvpoError, NotImplementedError):

@@ -17,6 +17,7 @@ from kvpo_kernels import (
     branch_policy_loss,
     fuse_advantages,
 )
+from kvpo_kernels.errors import ConfigError, ShapeError
 from kvpo_kernels.ops.branch_policy_loss import BACKENDS
 
 NAMES = [b.name for b in BACKENDS]
@@ -318,3 +319,103 @@ def test_dropping_advantages_equals_leaving_out() -> None:
     assert r4.dropped == 1 and r4.loss.isfinite()
     gone = anchor_advantages(torch.full((2,), float("nan")), 0.0, nonfinite="drop")
     assert gone.isnan().all()
+
+
+def steps(x: float, n: int, dtype: torch.dtype) -> float:
+    """The n-th neighbour of a number in a dtype."""
+    number = torch.tensor(x, dtype=dtype)
+    unit = {torch.float64: torch.int64, torch.float32: torch.int32}.get(dtype, torch.int16)
+    return (number.view(unit) + n).view(dtype).item()
+
+
+@pytest.mark.parametrize("mode", ["std", "zscore", "none"])
+@pytest.mark.parametrize("value", [0.3, 1.0, 1000.0, -0.7, 3e-6, 2e30])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_rewards_equal_up_to_rounding_have_no_advantage(
+    dtype: torch.dtype, value: float, mode: Any
+) -> None:
+    if dtype is torch.float16 and value in (3e-6, 2e30):
+        pytest.skip("its normal numbers are from 6e-5 to 65504")
+    noisy = torch.full((8,), value, dtype=dtype)
+    noisy[3], noisy[5] = steps(value, 1, dtype), steps(value, -2, dtype)
+    for anchor in (noisy[0], noisy[0].item(), steps(value, 2, dtype)):
+        A = anchor_advantages(noisy, anchor)
+        assert torch.equal(A, torch.zeros(8, dtype=dtype))
+        assert torch.equal(fuse_advantages(A, A, mode=mode), torch.zeros(8, dtype=dtype))
+    # Of several components only that one has no say; a single float32 step among the others too.
+    real = torch.linspace(-1, 1, 8).to(dtype)
+    both = anchor_advantages(torch.stack([noisy, real]), [noisy[0].item(), 0.0])
+    assert torch.equal(both, anchor_advantages(real, 0.0))
+    # All better than the anchor by the same: no branch is told from another.
+    far = noisy[0].item() / 2
+    A = anchor_advantages(noisy, far)
+    assert len(set(A.tolist())) == 1 and A[0] != 0
+    fused = fuse_advantages(A, mode=mode)
+    assert torch.equal(fused, torch.zeros_like(A) if mode == "zscore" else A.clamp(-2.5, 2.5))
+
+
+def test_one_step_of_noise_does_not_move_the_policy() -> None:
+    """As released it is the largest advantage there is: the epsilon lies below float32's step."""
+    r = torch.full((8,), 0.3)
+    r[2] = steps(0.3, 1, torch.float32)
+    released = anchor_advantages(r, 0.3, std_floor=0)
+    assert fuse_advantages(released, std_floor=0).max() == 2.5
+    s = torch.zeros(8)
+    for A in (anchor_advantages(r, 0.3), fuse_advantages(anchor_advantages(r, 0.3))):
+        assert branch_policy_loss(s, s, A).score_grad.abs().max() < 1e-12  # of the KL: rounding
+    # Noise that reaches the fusion is not told from rewards there either.
+    noise = torch.full((8,), 1.25)
+    noise[2] = steps(1.25, 1, torch.float32)
+    assert torch.equal(fuse_advantages(noise), noise)
+    assert not fuse_advantages(noise, mode="zscore").any()
+    assert fuse_advantages(noise, mode="zscore", std_floor=0).max() == 2.5
+
+
+@pytest.mark.parametrize(
+    ("base", "spread", "dtype"),
+    [
+        (1000.0, 1e-3, torch.float32),  # 16 steps of float32
+        (1000.0, 1e-9, torch.float64),
+        (0.0, 1e-30, torch.float32),
+        (0.3, 0.05, torch.bfloat16),
+        (0.3, 0.01, torch.float16),
+        (1e200, 1e200, torch.float64),  # whose squares overflow
+    ],
+)
+def test_a_real_spread_keeps_its_bits(base: float, spread: float, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    r = (base + spread * torch.randn(2, 9, generator=g, dtype=torch.float64)).to(dtype)
+    ours = anchor_advantages(r[:, :-1], r[:, -1])
+    assert torch.equal(ours, anchor_advantages(r[:, :-1], r[:, -1], std_floor=0.0))
+    scaled = [x.double() * (1 / base if base > 1e9 else 1.0) for x in r]
+    expected = sum((x[:-1] - x[-1]) / (x.std() + (0.0 if base > 1e9 else 1e-8)) for x in scaled)
+    # One rounding of the result; the plain formula's mean is off by 1e-4 of a spread of 1e-9.
+    rtol = max(torch.finfo(dtype).eps, 1e-7)
+    torch.testing.assert_close(ours.double(), expected, rtol=rtol, atol=1e-12)
+    for mode in ("std", "zscore"):
+        fused = fuse_advantages(ours, mode=mode)  # type: ignore[arg-type]
+        assert torch.equal(fused, fuse_advantages(ours, mode=mode, std_floor=0.0))  # type: ignore[arg-type]
+    # An anchor far away says nothing about the branches' own rounding.
+    far = anchor_advantages(r[0, :-1], 1e6 if base < 1e9 else 0.0)
+    if dtype is torch.float64:
+        assert len(set(far.tolist())) > 4
+
+
+def test_a_floor_of_ones_own() -> None:
+    r = torch.tensor([[1.0, 2.0, 3.0], [0.1, 0.2, 0.3]], dtype=torch.float64)
+    second = anchor_advantages(r[1], 0.2)
+    assert torch.equal(anchor_advantages(r, [2.0, 0.2], std_floor=[1.0, 0.0]), second)
+    assert torch.equal(anchor_advantages(r, [2.0, 0.2], std_floor=1.0), torch.zeros(3).double())
+    nan = torch.cat([r[0], torch.tensor([float("nan")])])
+    dropped = anchor_advantages(nan, 2.0, std_floor=1.0, nonfinite="drop")
+    assert dropped[:3].tolist() == [0.0] * 3 and dropped[3].isnan()
+    assert fuse_advantages(r[0], std_floor=1.0).tolist() == [1.0, 2.0, 2.5]
+    for bad in (-1.0, float("nan"), float("inf")):
+        for call in (lambda x: anchor_advantages(r[0], 0.0, std_floor=x),
+                     lambda x: fuse_advantages(r[0], std_floor=x)):  # fmt: skip
+            with pytest.raises(ConfigError, match="std_floor must be >= 0 and finite"):
+                call(bad)
+    with pytest.raises(ShapeError, match=r"std_floor must be \[2\], got \[3\]"):
+        anchor_advantages(r, [2.0, 0.2], std_floor=[0.0] * 3)

@@ -3,7 +3,10 @@
 import dataclasses
 import itertools
 import random
+import re
 import statistics
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +76,7 @@ def released_plan(
     return starts, start, [sorted(pool[i] for i in row) for row in rows]
 
 
+@pytest.mark.filterwarnings("ignore:routing explores nothing", "ignore:only .* branches")
 def test_plans_of_any_configuration_are_those_of_the_released_planner() -> None:
     draw, planned = random.Random(0), 0
     for _ in range(1500):
@@ -176,6 +180,7 @@ def test_overlaps_of_the_three_selections() -> None:
     assert overlap["balanced"] == pytest.approx(38 / 28)  # the least that is possible
 
 
+@pytest.mark.filterwarnings("ignore:routing explores nothing", "ignore:only .* branches")
 def test_balanced_is_never_worse_than_official_and_evenly_used() -> None:
     for window, branches, seed in itertools.product(range(8, 22), (1, 2, 3, 8, 11), (0, 1)):
         plans = {
@@ -199,8 +204,54 @@ def test_balanced_keeps_the_largest_overlap_small() -> None:
 
 
 def test_no_room_for_routed_frames_gives_empty_lists() -> None:
-    plan = plan_history_routing(HistoryRouting(window_frames=7))
-    assert plan.selected == [[]] * 8 and plan.mean_overlap() == 0.0
+    with pytest.warns(UserWarning, match="window_frames = 7, so all 8 branches are the same"):
+        plan = plan_history_routing(HistoryRouting(window_frames=7))
+    assert plan.selected == [[]] * 8 and plan.mean_overlap() == 0.0 and plan.distinct == 1
+
+
+@pytest.mark.parametrize("selection", ["official", "independent", "balanced"])
+@pytest.mark.parametrize(
+    ("options", "distinct", "match"),
+    [
+        ({}, 8, None),
+        ({"num_branches": 1}, 1, None),
+        ({"nearest_frames": 9}, 1, "nearest_frames = 9 and sink_frames = 3 leave no frame of"),
+        ({"nearest_frames": 30, "num_branches": 1}, 1, "explores nothing"),
+        ({"variant": "memflow", "nearest_frames": 12}, 1, "nearest_frames = 12 leave no frame"),
+        # What is still cached at the last block: as many as are to be routed.
+        ({"cache_frames": 24}, 1, "selects 5 frames of 5 candidates, so all 8 branches"),
+        ({"nearest_frames": 8, "num_branches": 40}, 10, r"only \d+ of 40 branches are different"),
+    ],
+)
+def test_routings_that_do_not_explore_are_told(
+    options: dict,
+    distinct: int,
+    match: str | None,
+    selection: str,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    routing = HistoryRouting(selection=selection, **options)  # type: ignore[arg-type]
+    plan = plan_history_routing(routing)
+    assert plan.distinct == len({str(branch) for branch in plan.selected}) <= distinct
+    told = [str(w.message) for w in recwarn]
+    if match is None:
+        assert plan.distinct == distinct and not told
+    else:
+        assert len(told) == 1 and re.search(match, told[0]), told
+        assert Path(recwarn[0].filename) == Path(__file__)
+
+
+def test_branches_beyond_the_windows_of_a_permutation_repeat() -> None:
+    for branches in (14, 15, 40):
+        routing = HistoryRouting(num_branches=branches)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("default")  # as a user has it
+            plans = [plan_history_routing(routing, sample=i) for i in range(20)]
+        assert {plan.distinct for plan in plans} == {14}
+        assert [str(w.message) for w in told] == [
+            f"only 14 of {branches} branches are different: selection 'official' of 5 frames of 14"
+            " candidates repeats the others"
+        ][: branches > 14]
 
 
 @pytest.mark.parametrize(

@@ -282,3 +282,38 @@ def test_repeats_give_the_same_bits(dtype: torch.dtype) -> None:
         again = run()
         assert torch.equal(again.numbers, first.numbers)
         assert again.pred_grad is not None and torch.equal(again.pred_grad, first.pred_grad)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_results_are_made_inside_a_compiled_graph(compiler: str, dynamic: bool) -> None:
+    """Asked for inside, they must take no lock; and several sizes go through one function."""
+
+    def both(pred: Tensor, scores: Tensor, target: Tensor, old: Tensor, A: Tensor) -> Any:
+        r = tve_grpo_loss(pred, target, torch.ones(2), old, A)
+        b = branch_policy_loss(scores, advantages=A, old_energies=-old, ref_energies=r.energies)
+        results = (r.pred_grad, r.score_grad, r.energies, b.ratio, b.kl, b.skip, b.dropped)
+        return 2 * r.loss + b.loss, r.loss + b.loss, *results
+
+    compiled = torch.compile(both, fullgraph=True, backend=compiler, dynamic=dynamic)
+    g = torch.Generator().manual_seed(1)
+    for G in (3, 5) if dynamic or compiler == "aot_eager" else (3,):
+        leaves = [torch.randn(G, 2, 30, generator=g), torch.randn(G, generator=g)]
+        target = torch.randn(G, 2, 30, generator=g)
+        old, A = torch.randn(2, G, generator=g)
+        grads = []
+        for f in (both, compiled):
+            pred, scores = (x.clone().requires_grad_() for x in leaves)
+            results = f(pred, scores, target, old, A)
+            (results[0] + results[1]).backward()
+            grads.append((*results, pred.grad, scores.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    torch.compiler.reset()
+
+
+def test_the_loss_is_made_once() -> None:
+    pred = torch.randn(2, 1, 4, requires_grad=True)
+    r = tve_grpo_loss(pred, torch.zeros(2, 1, 4), torch.ones(1), torch.zeros(2), torch.ones(2))
+    with torch.no_grad():
+        loss = r.loss
+    assert r.loss is loss and loss.requires_grad

@@ -5,6 +5,7 @@ that disperse branches better.
 """
 
 import itertools
+import warnings
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -101,6 +102,11 @@ class RoutingPlan:
     selected: list[list[int]]
     attended: list[list[int]]
 
+    @property
+    def distinct(self) -> int:
+        """How many different selections the G branches have; fewer than G repeat each other."""
+        return len({tuple(branch) for branch in self.selected})
+
     def mean_overlap(self) -> float:
         """Frames that two branches have in common, averaged over all pairs."""
         pairs = list(itertools.combinations(map(set, self.selected), 2))
@@ -157,6 +163,10 @@ def plan_history_routing(
     Raises:
         ConfigError: no block of the video is eligible, or not the one asked for.
 
+    Warns:
+        UserWarning: branches repeat each other (`RoutingPlan.distinct`), or have no choice: nothing
+            is routed, or every candidate is.
+
     Source: the released planner of KVPO; seeds `seed + 97 * sample + seed_context` (start) and one
     more (selection), CPU generators.
     """
@@ -184,13 +194,39 @@ def plan_history_routing(
     shift = routing.block_frames if routing.slot_mapping == "official" and rolled else 0
     if routing.variant == "memflow":
         shift = 0  # memflow routes slots, which need no look-up
-    return RoutingPlan(
+    plan = RoutingPlan(
         start_frame=start,
         end_frame=start + routing.block_frames * routing.perturbed_blocks,
         candidates=candidates,
         selected=selected,
         attended=[[frame + shift for frame in branch] for branch in selected],
     )
+    if why := _idle(routing, plan):
+        warnings.warn(why, stacklevel=2)  # Python shows the same text once
+    return plan
+
+
+def _idle(routing: HistoryRouting, plan: RoutingPlan) -> str | None:
+    """Why branches of a plan do not explore."""
+    G, n, pool = routing.num_branches, routing.routed_frames, len(plan.candidates)
+    same = f"all {G} branches are the same" if G > 1 else "its one branch has no choice"
+    if n == 0:
+        sink = f" and sink_frames = {routing.sink_frames}" if routing.variant == "longlive" else ""
+        return (
+            f"routing explores nothing: nearest_frames = {routing.nearest_frames}{sink} leave no"
+            f" frame of window_frames = {routing.window_frames}, so {same}"
+        )
+    if n == pool:
+        return (
+            f"routing explores nothing at frame {plan.start_frame}: it selects {n} frames of {pool}"
+            f" candidates, so {same}"
+        )
+    if plan.distinct < G:
+        return (
+            f"only {plan.distinct} of {G} branches are different: selection"
+            f" {routing.selection!r} of {n} frames of {pool} candidates repeats the others"
+        )
+    return None
 
 
 def _chunks(routing: HistoryRouting, video_frames: int) -> list[tuple[int, int]]:

@@ -1,14 +1,26 @@
 """Advantages of branches over their anchor, from rewards: a handful of numbers, no kernel."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kvpo_kernels.errors import ConfigError, DtypeError, ShapeError
+from kvpo_kernels.checks import number, numbers_of
+from kvpo_kernels.errors import ConfigError, DtypeError, NonFiniteError, ShapeError
 
 STD_EPSILON = 1e-8  # added to the anchored deviation; a fusion deviation up to it is not divided by
+ROUNDINGS = 4
+"""Deviations up to this many epsilons of the dtype, times the largest magnitude, are rounding.
+
+Values that differ by their last bits only, up to m steps to either side, lie in a range of
+`2 m epsilon max|x|` at most. The unbiased deviation of a range is at most `1 / sqrt(2)` of it (two
+values; half of it for many), so 4 covers two steps to either side of any group, and leaves a spread
+of eight steps or more alone.
+"""
+
+StdFloor = Tensor | Sequence[float] | float | None
 
 Nonfinite = Literal["raise", "drop"]
 
@@ -18,6 +30,7 @@ def anchor_advantages(
     anchor_rewards: Tensor | Sequence[float] | float,
     component_weights: Tensor | Sequence[float] | None = None,
     *,
+    std_floor: StdFloor = None,
     nonfinite: Nonfinite = "raise",
 ) -> Tensor:
     r"""Advantage of each branch over the unperturbed anchor, summed over reward components.
@@ -27,10 +40,20 @@ def anchor_advantages(
     The standard deviation is the unbiased one over the G branches and the anchor, so a single
     branch is legal and all rewards equal give exactly 0. Computed in float64.
 
+    Rewards that are equal but for rounding would be told apart by their noise, which dividing by
+    its deviation makes as large as any difference. So, for each component: where the deviation is
+    at most `std_floor`, its term is exactly 0; where only that of the branches is, without the
+    anchor, they all get the term of their mean. Beyond it nothing changes to a bit.
+
     Args:
         rewards: `[C, G]`, or `[G]` for one component; float.
         anchor_rewards: `[C]`, or a number for one component.
         component_weights: `[C]`; 1 for each if None.
+        std_floor: deviation up to which rewards count as equal, in their units: `[C]`, or a number
+            for all components. None takes `4 epsilon max|r|` of each component and its anchor, with
+            the machine epsilon of `rewards` (or of the anchor, if it is a coarser tensor): two
+            roundings to either side. Give it where rewards are noisier than their dtype, as those
+            of a half-precision model that were widened. 0 is the released code.
         nonfinite: "raise" names the branches whose reward is NaN or infinite (reads the values: on
             a GPU this waits for them). "drop" leaves such branches out of the statistics, without
             reading anything, and gives them the advantage NaN, which the losses take as a branch to
@@ -41,7 +64,9 @@ def anchor_advantages(
 
     Raises:
         ShapeError, DtypeError: naming the argument.
-        ShapeError: a reward is not finite; names component and branches.
+        ConfigError: `std_floor` is negative or not finite.
+        NonFiniteError: a reward, an anchor or a weight is not finite, or an advantage would not be;
+            names component and branches.
 
     Source: KVPO (arXiv:2605.14278), the released trainer's anchor advantage.
     """
@@ -58,20 +83,29 @@ def anchor_advantages(
         weights = _vector("component_weights", component_weights, C, r.device)
     if nonfinite == "raise":
         if not bool(weights.isfinite().all()):
-            raise ShapeError(f"component_weights must be finite, got {weights.tolist()}")
+            raise NonFiniteError(f"component_weights must be finite, got {weights.tolist()}")
         for c in range(C):
             _refuse_nonfinite(f"rewards[{c}]" if C > 1 else "rewards", r[c])
         if not bool(anchor.isfinite().all()):
-            raise ShapeError(f"anchor_rewards must be finite, got {anchor.tolist()}")
+            raise NonFiniteError(f"anchor_rewards must be finite, got {anchor.tolist()}")
 
     else:  # a branch that one component cannot judge leaves the statistics of all
         r = torch.where(r.isfinite().all(0), r, torch.nan)
 
+    floors = _floors(std_floor, C, r.device)
     advantage = torch.zeros_like(r[0])
     for c in range(C):
         group = torch.cat([r[c], anchor[c : c + 1]])
-        deviation = _finite_variance(group, correction=1).sqrt()
-        advantage += weights[c] * (r[c] - anchor[c]) / (deviation + STD_EPSILON)
+        if floors is not None:
+            floor = own_floor = floors[c]
+        else:
+            floor = _rounding(group, _epsilon(rewards, anchor_rewards))
+            own_floor = _rounding(r[c], _epsilon(rewards))
+        same = _finite_deviation(r[c], correction=1) <= own_floor
+        branches = torch.where(same & r[c].isfinite(), _finite_mean(r[c]), r[c])
+        deviation = _finite_deviation(group, correction=1)
+        term = weights[c] * (branches - anchor[c]) / (deviation + STD_EPSILON)
+        advantage += torch.where((deviation <= floor) & term.isfinite(), 0.0, term)
     result = torch.where(advantage.isfinite(), advantage, torch.nan).to(rewards.dtype)
     if nonfinite == "raise":
         _refuse_nonfinite("advantage", result)  # of finite rewards, but out of the dtype's range
@@ -86,6 +120,7 @@ def fuse_advantages(
     mode: Literal["std", "zscore", "none"] = "std",
     clamp: float | None = 2.5,
     *,
+    std_floor: float | None = None,
     nonfinite: Nonfinite = "raise",
 ) -> Tensor:
     """Normalise the local and the global advantages over the branches, add and clamp them.
@@ -101,6 +136,9 @@ def fuse_advantages(
             sign against the anchor; "zscore" also subtracts the mean; "none" does neither. A
             deviation of at most 1e-8 is not divided by.
         clamp: limit of the absolute value; None for no limit.
+        std_floor: deviation up to which advantages count as equal, dimensionless: it is not divided
+            by either, and "zscore" gives exactly 0. None takes `4 epsilon max|A|` of each term, in
+            its dtype, as in `anchor_advantages`; 0 is the released code.
         nonfinite: as in `anchor_advantages`; under "drop" a NaN stays NaN and the others'
             statistics leave it out.
 
@@ -108,16 +146,20 @@ def fuse_advantages(
         `[G]` in the dtype of `local`, computed in float64, not differentiable.
 
     Raises:
-        ConfigError: an unknown mode, a weight that is not finite, a clamp that is not positive.
-        ShapeError, DtypeError: naming the argument, and the branches that are not finite.
+        ConfigError: an unknown mode, a weight that is not finite, a clamp that is not positive, a
+            floor that is negative or not finite.
+        ShapeError, DtypeError: naming the argument.
+        NonFiniteError: an advantage is not finite, or a fused one would not be; names the branches.
 
     Source: KVPO (arXiv:2605.14278), the released trainer's fusion of reward signals.
     """
     _check_policy(nonfinite)
     if mode not in ("std", "zscore", "none"):
         raise ConfigError(f"mode must be 'std', 'zscore' or 'none', got {mode!r}")
-    if clamp is not None and not clamp > 0:
+    if clamp is not None and not number("clamp", clamp) > 0:
         raise ConfigError(f"clamp must be > 0 or None, got {clamp}")
+    _check_floating("local", local)
+    floors = _floors(std_floor, 1, local.device)
     terms = [("local", local, local_weight)]
     if global_ is not None:
         terms.append(("global_", global_, global_weight))
@@ -129,25 +171,54 @@ def fuse_advantages(
             raise ShapeError(f"{name} must be {want}, got {list(value.shape)}")
         if value.device != local.device:
             raise DtypeError(f"{name} must be on {local.device} like local, got {value.device}")
-        if not abs(weight) < float("inf"):
-            raise ConfigError(f"{name.rstrip('_')}_weight must be finite, got {weight}")
+        weight_name = f"{name.rstrip('_')}_weight"
+        if not math.isfinite(number(weight_name, weight)):
+            raise ConfigError(f"{weight_name} must be finite, got {weight}")
         if nonfinite == "raise":
             _refuse_nonfinite(name, value)
-        term = weight * _normalised(value.detach().double(), mode)
+        wide = value.detach().double()
+        floor = floors[0] if floors is not None else _rounding(wide, _epsilon(value))
+        term = weight * _normalised(wide, mode, floor)
         fused = term if fused is None else fused + term
     assert fused is not None
     if clamp is not None:
         fused = fused.clamp(-clamp, clamp)
-    return fused.to(local.dtype)
+    fused = fused.to(local.dtype)
+    if nonfinite == "raise":
+        _refuse_nonfinite("the fused advantage", fused)  # of finite ones, but out of the range
+    return fused
 
 
-def _normalised(x: Tensor, mode: str) -> Tensor:
+def _normalised(x: Tensor, mode: str, floor: Tensor) -> Tensor:
     if mode == "none":
         return x
-    deviation = _finite_variance(x, correction=0).sqrt()
+    deviation = _finite_deviation(x, correction=0)
     if mode == "zscore":
-        x = x - _finite_mean(x)
-    return torch.where(deviation > STD_EPSILON, x / deviation, x)
+        centred = x - _finite_mean(x)
+        x = torch.where((deviation <= floor) & x.isfinite(), 0.0, centred)
+    return torch.where(deviation > floor.clamp_min(STD_EPSILON), x / deviation, x)
+
+
+def _epsilon(*values: object) -> float:
+    """Relative distance of neighbouring numbers in the coarsest dtype among the tensors."""
+    floating = [x.dtype for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+    return max(torch.finfo(dtype).eps for dtype in floating)
+
+
+def _rounding(x: Tensor, epsilon: float) -> Tensor:
+    """Deviation of the finite values that their rounding alone may make."""
+    return ROUNDINGS * epsilon * torch.where(x.isfinite(), x, 0.0).abs().amax()
+
+
+def _floors(std_floor: StdFloor, components: int, device: torch.device) -> Tensor | None:
+    if std_floor is None:
+        return None
+    floors = numbers_of("std_floor", std_floor)
+    if floors.device.type == "cpu" and not bool(((floors >= 0) & floors.isfinite()).all()):
+        raise ConfigError(f"std_floor must be >= 0 and finite, got {std_floor}")
+    if floors.ndim == 0:
+        floors = floors.expand(components)
+    return _vector("std_floor", floors, components, device)
 
 
 def _finite_mean(x: Tensor) -> Tensor:
@@ -158,10 +229,14 @@ def _finite_mean(x: Tensor) -> Tensor:
     return origin + shift
 
 
-def _finite_variance(x: Tensor, correction: int) -> Tensor:
+def _finite_deviation(x: Tensor, correction: int) -> Tensor:
     finite = x.isfinite()
-    squares = torch.where(finite, x - _finite_mean(x), 0.0).square().sum()
-    return squares / (finite.sum() - correction).clamp_min(1)
+    shift = torch.where(finite, x - _finite_mean(x), 0.0)
+    # Squares of the far ends of float64 overflow; a power of two in front changes no other bit.
+    largest = shift.abs().amax()
+    unit = torch.where(largest > 2.0**500, 2.0**-600, torch.ones_like(largest))
+    squares = (shift * unit).square().sum()
+    return (squares / (finite.sum() - correction).clamp_min(1)).sqrt() / unit
 
 
 def _check_policy(nonfinite: str) -> None:
@@ -180,13 +255,13 @@ def _refuse_nonfinite(name: str, value: Tensor) -> None:
     bad = (~value.isfinite()).nonzero().flatten().tolist()
     if bad:
         values = [float(value[g]) for g in bad]
-        raise ShapeError(f"{name} must be finite, got {values} for branches {bad}")
+        raise NonFiniteError(f"{name} must be finite, got {values} for branches {bad}")
 
 
 def _vector(
     name: str, value: Tensor | Sequence[float] | float, size: int, device: torch.device
 ) -> Tensor:
-    vector = torch.as_tensor(value, dtype=torch.float64).detach().to(device, non_blocking=True)
+    vector = numbers_of(name, value).detach().to(device, non_blocking=True)
     vector = vector[None] if vector.ndim == 0 and size == 1 else vector
     if vector.shape != (size,):
         raise ShapeError(f"{name} must be [{size}], got {list(vector.shape)}")

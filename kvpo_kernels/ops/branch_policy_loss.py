@@ -1,22 +1,35 @@
 """The contrastive policy loss over the branches of one prompt, and its closed-form gradient."""
 
-import functools
 import math
 import warnings
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from kvpo_kernels import registry
-from kvpo_kernels.errors import ConfigError, DtypeError, ShapeError
+from kvpo_kernels.errors import (
+    ArgumentError,
+    ConfigError,
+    DtypeError,
+    GroupError,
+    NonFiniteError,
+    ShapeError,
+)
 from kvpo_kernels.registry import Backend
 
 OP = "branch_policy_loss"
 Nonfinite = Literal["raise", "drop"]
+GradientOverRanks = Literal["sum", "mean"]
+
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+_NO_CLIP = 1e36  # above every ratio, exp(80)
 
 
 @dataclass(frozen=True)
@@ -37,11 +50,11 @@ class ContrastiveObjective:
     (arXiv:1707.06347), with two bounds."""
 
     clip_range_high: float = 0.2
-    """`high`, >= `low`: with A > 0, a ratio above `1 + high` has no gradient. The release's 0.2."""
+    """`high`, >= 0: with A > 0, a ratio above `1 + high` has no gradient. The release's 0.2."""
 
     kl_coef: float = 10.0
-    """>= 0, weight of `KL = sum_g pi[g] (log(pi[g] + 1e-10) - log pi_ref[g])`, the discrete KL over
-    the branches. The release's `kl_coef`, 10."""
+    """>= 0 and in the range of float32, weight of the discrete KL over the branches,
+    `KL = sum_g pi[g] (log(pi[g] + 1e-10) - log pi_ref[g])`. The release's `kl_coef`, 10."""
 
     protect: Literal["mechanism_1", "mechanism_2"] = "mechanism_2"
     """`scale` of an unsafe group, in which no branch beats the anchor: 0 with mechanism_1, 1/2 with
@@ -59,23 +72,24 @@ class ContrastiveObjective:
     def __post_init__(self) -> None:
         """Refuse values that would train something else than what was meant."""
         wrong = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name != "protect" and (
+        for name in (f.name for f in fields(self) if f.name != "protect"):
+            value = getattr(self, name)
+            if (
                 isinstance(value, bool)
                 or not isinstance(value, (int, float))
                 or not math.isfinite(value)
             ):
-                raise ConfigError(f"{field.name} must be a finite number, got {value!r}")
-            if field.name != "protect":
-                object.__setattr__(self, field.name, float(value))
+                raise ConfigError(f"{name} must be a finite number, got {value!r}")
+            object.__setattr__(self, name, float(value))
         low, high = self.clip_range_low, self.clip_range_high
         if not 0 <= low <= 1:
             wrong.append(f"clip_range_low must be in [0, 1], got {low}")
-        if high < low:
-            wrong.append(f"clip_range_high must be >= clip_range_low = {low}, got {high}")
+        if high < 0:  # so the bounds cannot cross: 1 - low <= 1 <= 1 + high
+            wrong.append(f"clip_range_high must be >= 0, got {high}")
         if self.kl_coef < 0:
             wrong.append(f"kl_coef must be >= 0, got {self.kl_coef}")
+        if self.kl_coef > _FLOAT32_MAX:  # GPU kernels take their numbers in float32
+            wrong.append(f"kl_coef must be at most {_FLOAT32_MAX:.3g}, got {self.kl_coef}")
         if self.protect not in ("mechanism_1", "mechanism_2"):
             wrong.append(f"protect must be 'mechanism_1' or 'mechanism_2', got {self.protect!r}")
         if not 0 < self.log_ratio_clamp <= 80:  # exp(80) is still finite in float32
@@ -119,7 +133,7 @@ def scalars_of(objective: ContrastiveObjective, safe: bool, nonfinite: str) -> S
     unsafe_mass = 1.0 if objective.protect == "mechanism_1" else 0.5
     return Scalars(
         objective.clip_range_low,
-        objective.clip_range_high,
+        min(objective.clip_range_high, _NO_CLIP),
         objective.kl_coef,
         objective.log_ratio_clamp,
         objective.min_update_entropy_ratio,
@@ -134,6 +148,7 @@ class BranchPolicyLoss:
     """A loss and what it was made of. Tensors on the scores' device, in their dtype.
 
     Only `loss` is differentiable. It and the properties are made when asked for, from `numbers`.
+    With a group and `gradient="mean"`, what is a gradient here is times the number of ranks.
     """
 
     numbers: Tensor
@@ -152,15 +167,20 @@ class BranchPolicyLoss:
     source: tuple[Tensor, Tensor] | None
     """What `loss` is differentiable towards and its gradient; None where nothing needs one."""
 
-    @functools.cached_property
+    _loss: Tensor | None = field(default=None, init=False, repr=False)
+
+    @property
     def loss(self) -> Tensor:
         """`[]`, `scale * (grpo_loss + kl_coef * kl)`; over all ranks where a group was given."""
         if self.source is None:
             return self.numbers[0]
-        x, grad = self.source
-        with torch.enable_grad():  # as where it was made, even if it is first looked at elsewhere
-            loss: Tensor = LossWithGradient.apply(x, self.numbers, grad)  # type: ignore[no-untyped-call]
-        return loss
+        # Kept by hand: `cached_property` takes a lock before Python 3.12, which a compiler cannot.
+        if self._loss is None:
+            x, grad = self.source
+            with torch.enable_grad():  # as where it was made, even if first looked at elsewhere
+                loss = LossWithGradient.apply(x, self.numbers, grad)  # type: ignore[no-untyped-call]
+            object.__setattr__(self, "_loss", loss)
+        return self._loss  # type: ignore[return-value]
 
     @property
     def score_grad(self) -> Tensor:
@@ -211,14 +231,20 @@ class BranchPolicyLoss:
         return self.numbers.narrow(0, 7 + row * self.num_branches, self.num_branches)
 
     def check(self) -> None:
-        """Raise ShapeError if the loss or a gradient is not finite; waits for a GPU."""
-        bad_grad = (~self.score_grad.isfinite()).nonzero().flatten().tolist()
-        if bool(self.loss.isfinite()) and not bad_grad:
+        """Raise NonFiniteError if the loss or a gradient is not finite; waits for a GPU."""
+        values = self.numbers.tolist()
+        if not (wrong := _not_finite(values, self.num_branches)):
             return
-        bad = (self._per_branch(3) == 0).nonzero().flatten().tolist()
-        raise ShapeError(
-            f"the loss is {self.loss.item()}: score or energy, old score, reference score or "
-            f"advantage is not finite for branches {bad or bad_grad}"
+        finite = values[7 + 3 * self.num_branches :][: self.num_branches]
+        bad = [g for g, is_finite in enumerate(finite) if not is_finite]
+        if bad and not math.isfinite(values[0]):
+            raise NonFiniteError(
+                f"the loss is {values[0]}: score or energy, old score, reference score or "
+                f"advantage is not finite for branches {bad}"
+            )
+        raise NonFiniteError(
+            f"out of the range of {self.numbers.dtype}, though the inputs are finite:"
+            f" {', '.join(wrong)}"
         )
 
 
@@ -246,14 +272,18 @@ BACKENDS: tuple[Backend[Problem], ...] = (
 
 
 def branch_policy_loss(
-    scores: Tensor,
-    old_scores: Tensor,
-    advantages: Tensor,
+    scores: Tensor | None = None,
+    old_scores: Tensor | None = None,
+    advantages: Tensor | None = None,
     ref_scores: Tensor | None = None,
     *,
+    energies: Tensor | None = None,
+    old_energies: Tensor | None = None,
+    ref_energies: Tensor | None = None,
     objective: ContrastiveObjective = ContrastiveObjective(),
     safe: bool = True,
     group: dist.ProcessGroup | None = None,
+    gradient: GradientOverRanks = "sum",
     nonfinite: Nonfinite = "raise",
     backend: str | None = None,
 ) -> BranchPolicyLoss:
@@ -269,17 +299,29 @@ def branch_policy_loss(
     Args:
         scores: `[G]`, float32 or float64, the negative energies (log-weights, dimensionless) of
             the branches; the only differentiable argument. G = 1 is legal, with zero gradient.
-        old_scores: `[G]`, dtype and device of `scores`: of the policy that made the rollout.
+        old_scores: `[G]`, dtype and device of `scores`: of the policy that made the rollout. Where
+            on the CPU all are positive and all `scores` negative, a warning asks whether they are
+            energies.
         advantages: `[G]`, dtype and device of `scores`.
         ref_scores: `[G]`, as `old_scores`: of the KL reference, the initial policy. None takes the
             old policy, and the result's `kl_reference` says so.
+        energies: in place of `scores`, their negative, and differentiable as they are; the result's
+            `score_grad` is d(loss)/d(scores) all the same.
+        old_energies: in place of `old_scores`, their negative.
+        ref_energies: in place of `ref_scores`, their negative.
         objective: clip range, KL weight, protection.
         safe: whether some branch beats the anchor, locally or globally.
         group: process group over which the branches are spread, unevenly if need be; they
             concatenate in rank order. The G scalars are gathered, the backward is local; the loss
-            and the scalar statistics are global, what is per branch is the rank's own. Not
+            and the scalar statistics are global, what is per branch is the rank's own. Each rank's
+            gradient is of its own branches only: that of the loss is their sum over the ranks. Not
             traceable.
-        nonfinite: "raise" refuses NaN and infinite inputs: on the CPU by a ShapeError naming
+        gradient: what then happens to the gradients of the ranks. "sum": they are added up
+            (`all_reduce`). "mean": they are averaged, as by `DistributedDataParallel` and FSDP:
+            gradients, `score_grad` among them, are times the number of ranks of `group`, so that
+            their mean is the gradient. Averaging "sum" leaves 1 / ranks of it. No effect without a
+            group.
+        nonfinite: "raise" refuses NaN and infinite inputs: on the CPU by a NonFiniteError naming
             argument and branches (also from inside a compiled graph); on a GPU, where looking would
             wait, the loss and the gradient become NaN for all branches and `check()` raises.
             "drop" removes such branches: they get zero gradient, the others are renormalised, and
@@ -288,16 +330,20 @@ def branch_policy_loss(
 
     Raises:
         ShapeError, DtypeError: naming the argument; with a group, on every rank.
+        ArgumentError: scores and energies of one policy are both given, or neither.
+        NonFiniteError: as above; also where a result of finite inputs is out of the range of its
+            dtype, on a GPU from `check()`.
+        GroupError: ranks differ in what they must agree on, or this process is not one of them.
         BackendUnavailable: not the named backend can run the call.
 
     Source: KVPO (arXiv:2605.14278), the released trainer's objective.
     """
+    given = _Given(scores, energies, old_scores, old_energies, advantages, ref_scores, ref_energies)
     if group is not None:
-        return _over_group(
-            scores, old_scores, advantages, ref_scores, objective, safe, group, nonfinite, backend
-        )
+        return _over_group(given, objective, safe, group, gradient, nonfinite, backend)
+    check_gradient(gradient)
     scalars = scalars_of(objective, safe, nonfinite)
-    old_scores, advantages, ref_scores = _checked(scores, old_scores, advantages, ref_scores)
+    scores, old_scores, advantages, ref_scores = _checked(given, scalars.drop)
     chosen = registry.select(OP, BACKENDS, Problem(scores.device.type), backend).name
     numbers = _forward(scores.detach(), old_scores, advantages, ref_scores, *scalars, chosen)
     return _result(scores, numbers, scalars.scale, ref_scores)
@@ -339,7 +385,7 @@ class LossWithGradient(torch.autograd.Function):
 
 def check_scalars(
     name: str,
-    value: Tensor,
+    value: Any,
     device: torch.device,
     dtype: torch.dtype,
     size: int,
@@ -358,33 +404,105 @@ def check_scalars(
         raise DtypeError(f"{name} must be on {device} like the scores, got {value.device}")
     if value.ndim != 1 or value.shape[0] != size:
         raise ShapeError(f"{name} must be [{size}], got {list(value.shape)}")
-    if not value.requires_grad:
-        return value
+    tensor: Tensor = value
+    if not tensor.requires_grad:
+        return tensor
     if not torch.compiler.is_compiling():
         text = f"{name} requires grad; it is a constant here and detached"
         warnings.warn(text, stacklevel=stacklevel)
-    return value.detach()
+    return tensor.detach()
 
 
-def _checked(
-    scores: Tensor, old_scores: Tensor, advantages: Tensor, ref_scores: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+class _Given(NamedTuple):
+    """The scores or energies as the caller gave them, unchecked."""
+
+    scores: Tensor | None
+    energies: Tensor | None
+    old_scores: Tensor | None
+    old_energies: Tensor | None
+    advantages: Tensor | None
+    ref_scores: Tensor | None
+    ref_energies: Tensor | None
+
+
+def check_gradient(gradient: str) -> None:
+    """Raise ConfigError for what ranks cannot do with gradients."""
+    if gradient not in ("sum", "mean"):
+        raise ConfigError(f"gradient must be 'sum' or 'mean', got {gradient!r}")
+
+
+def one_of(policy: str, scores: Any, energies: Any) -> tuple[str, Any]:
+    """Name and value of what was given for a policy: its scores or its energies."""
+    if scores is not None and energies is not None:
+        raise ArgumentError(f"give {policy}scores or {policy}energies, not both")
+    return (f"{policy}scores", scores) if energies is None else (f"{policy}energies", energies)
+
+
+def count_of(*inputs: Any) -> int | None:
+    """The number of branches, if at least two of the inputs are `[G]` and no other disagrees."""
+    sizes = [x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim == 1]
+    return sizes[0] if len(sizes) > 1 and all(n == sizes[0] for n in sizes) else None
+
+
+def checked_scores(
+    policy: str,
+    scores: Tensor | None,
+    energies: Tensor | None,
+    like: tuple[torch.device, torch.dtype, int],
+    drop: bool,
+    stacklevel: int = 5,
+) -> Tensor:
+    """The scores `[G]` of the old or the reference policy, from what was given; detached.
+
+    Raises:
+        ArgumentError: both are given, or neither.
+        ShapeError, DtypeError: naming what was given.
+    """
+    name, value = one_of(policy, scores, energies)
+    if value is None:
+        raise ArgumentError(f"{policy}scores or {policy}energies must be given")
+    value = check_scalars(name, value, *like, stacklevel)
+    return value if energies is None else _turned(name, value, drop)
+
+
+def _turned(name: str, energies: Tensor, drop: bool) -> Tensor:
+    """Scores of energies that were given under this name; the kernels know of scores only."""
+    readable = not torch.compiler.is_compiling() and type(energies) in (Tensor, Parameter)
+    if readable and not drop and energies.device.type == "cpu":
+        refuse_nonfinite(**{name: energies.detach()})
+    return -energies
+
+
+def _checked(given: _Given, drop: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Scores, old scores, advantages and reference scores."""
+    name, scores = one_of("", given.scores, given.energies)
+    if scores is None:
+        raise ArgumentError("scores or energies must be given")
     if not isinstance(scores, Tensor):
-        raise DtypeError(f"scores must be a tensor, got {type(scores).__name__}")
+        raise DtypeError(f"{name} must be a tensor, got {type(scores).__name__}")
     if scores.dtype not in (torch.float32, torch.float64):
-        raise DtypeError(f"scores must be float32 or float64, got {scores.dtype}")
+        raise DtypeError(f"{name} must be float32 or float64, got {scores.dtype}")
     if scores.ndim != 1 or scores.numel() == 0:
-        raise ShapeError(f"scores must be [G] with G >= 1, got {list(scores.shape)}")
+        raise ShapeError(f"{name} must be [G] with G >= 1, got {list(scores.shape)}")
     like = (scores.device, scores.dtype, scores.shape[0])
-    old_scores = check_scalars("old_scores", old_scores, *like)
-    advantages = check_scalars("advantages", advantages, *like)
-    if ref_scores is not None:
-        ref_scores = check_scalars("ref_scores", ref_scores, *like)
-    return old_scores, advantages, ref_scores
+    branches = count_of(given.old_scores, given.old_energies, given.advantages)
+    if branches is not None and branches != scores.shape[0]:
+        raise ShapeError(
+            f"{name} must be [{branches}] like the old policy's and the advantages, got"
+            f" {list(scores.shape)}"
+        )
+    old_scores = checked_scores("old_", given.old_scores, given.old_energies, like, drop)
+    advantages = check_scalars("advantages", given.advantages, *like)
+    ref_scores = None
+    if given.ref_scores is not None or given.ref_energies is not None:
+        ref_scores = checked_scores("ref_", given.ref_scores, given.ref_energies, like, drop)
+    if given.energies is not None:
+        scores = _turned(name, scores, drop)
+    return scores, old_scores, advantages, ref_scores
 
 
 def refuse_nonfinite(**inputs: Tensor | None) -> None:
-    """Raise ShapeError naming the inputs and branches that are not finite; reads the values."""
+    """Raise NonFiniteError naming the inputs and branches that are not; reads the values."""
     wrong = []
     for name, value in inputs.items():
         if value is not None:
@@ -392,7 +510,83 @@ def refuse_nonfinite(**inputs: Tensor | None) -> None:
             if bad:
                 wrong.append(f"{name} must be finite, got {value[bad].tolist()} for branches {bad}")
     if wrong:
-        raise ShapeError("; ".join(wrong))
+        raise NonFiniteError("; ".join(wrong))
+
+
+_STATISTICS = ("loss", "grpo_loss", "kl", "entropy", "clip_fraction", "skip", "dropped")
+
+
+def _not_finite(values: list[float], num_branches: int) -> list[str]:
+    """The numbers of a result that are neither finite nor a dropped branch's, with their values."""
+    if math.isfinite(sum(values)):
+        return []
+    G = num_branches
+    wrong = [f"{n} = {v}" for n, v in zip(_STATISTICS, values, strict=False) if not _finite(v)]
+    for row, name in enumerate(("score_grad", "ratio", "log_ratio")):
+        for g in range(G):
+            value = values[7 + row * G + g]
+            if not _finite(value) and (row == 0 or values[7 + 3 * G + g]):
+                wrong.append(f"{name}[{g}] = {value}")
+    return wrong
+
+
+_finite = math.isfinite
+
+
+def check_numbers(
+    numbers: Tensor,
+    drop: bool,
+    objective: Sequence[float],
+    scores: Tensor,
+    old_scores: Tensor,
+    advantages: Tensor,
+    ref_scores: Tensor | None,
+    name: str = "scores",
+) -> None:
+    """Look at a result on the CPU: what is in the kernels' numbers, and what went into them.
+
+    Args:
+        objective: as the kernels take it, `Scalars` from `clip_low` on.
+        name: of what the scores come from, "scores" or "energies".
+
+    Raises:
+        NonFiniteError: an input is not finite, unless such are dropped; or a result of finite
+            inputs is out of the range of the dtype.
+    """
+    G = len(old_scores)
+    if wrong := _not_finite(numbers.tolist(), G):
+        if not drop:
+            given = scores if name == "scores" else -scores
+            refuse_nonfinite(
+                **{name: given},
+                old_scores=old_scores,
+                advantages=advantages,
+                ref_scores=ref_scores,
+            )
+        raise NonFiniteError(
+            f"out of the range of {numbers.dtype}, though the inputs are finite:"
+            f" {', '.join(wrong)}; ratios are up to {_largest(numbers[7 + G : 7 + 2 * G]):.3g}"
+            f" (log_ratio_clamp {objective[3]:g}), advantages up to {_largest(advantages):.3g},"
+            f" scores up to {_largest(scores):.3g}, kl_coef is {objective[2]:g}"
+        )
+    for policy, values in (("old", old_scores), ("ref", ref_scores)):
+        if values is not None:
+            _warn_of_energies(policy, values.tolist(), scores)
+
+
+def _largest(x: Tensor) -> float:
+    return float(torch.where(x.isfinite(), x, 0.0).abs().max())
+
+
+def _warn_of_energies(policy: str, values: list[float], scores: Tensor) -> None:
+    """Scores are negative energies; a softmax takes any, so this is no more than a suspicion."""
+    if min(values) > 0 and float(scores.max()) < 0:
+        warnings.warn(
+            f"{policy}_scores are all positive, {min(values):.3g} to {max(values):.3g}, and the"
+            f" scores all negative, from {float(scores.min()):.3g}: a score is a negative energy."
+            f" Hand energies over as {policy}_energies, and scores as {policy}_scores",
+            stacklevel=6,
+        )
 
 
 # The header of a rank: whether its own arguments are good, then what all ranks must agree on.
@@ -409,6 +603,7 @@ _AGREED = (
     "nonfinite",
     "protect",
     "safe",
+    "gradient",
 )
 
 
@@ -418,9 +613,9 @@ def announce_failure(group: dist.ProcessGroup) -> None:
 
 
 def check_member(group: dist.ProcessGroup) -> None:
-    """Raise ShapeError on a process that is not of the group: nobody waits for it."""
+    """Raise GroupError on a process that is not of the group: nobody waits for it."""
     if dist.get_rank(group) < 0:
-        raise ShapeError("this process is not a rank of `group`")
+        raise GroupError("this process is not a rank of `group`")
 
 
 def _meeting_place(group: dist.ProcessGroup) -> torch.device:
@@ -437,21 +632,20 @@ def _all_gather_header(header: list[float], group: dist.ProcessGroup) -> list[li
 
 
 def _over_group(
-    scores: Tensor,
-    old_scores: Tensor,
-    advantages: Tensor,
-    ref_scores: Tensor | None,
+    given: _Given,
     objective: ContrastiveObjective,
     safe: bool,
     group: dist.ProcessGroup,
+    gradient: GradientOverRanks,
     nonfinite: Nonfinite,
     backend: str | None,
 ) -> BranchPolicyLoss:
     """Gather the branches of all ranks, evaluate them alike on each, keep the own ones."""
     check_member(group)
     try:
+        check_gradient(gradient)
         scalars = scalars_of(objective, safe, nonfinite)
-        old_scores, advantages, ref_scores = _checked(scores, old_scores, advantages, ref_scores)
+        scores, old_scores, advantages, ref_scores = _checked(given, scalars.drop)
         if scores.is_meta:
             raise DtypeError("scores are on meta, where there is nothing to gather")
         chosen = registry.select(OP, BACKENDS, Problem(scores.device.type), backend).name
@@ -465,15 +659,16 @@ def _over_group(
         *(float(x) for x in scalars),
         float(objective.protect == "mechanism_2"),
         float(safe),
+        float(gradient == "mean"),
     ]
     rows = _all_gather_header([0.0, count, *agreed], group)
     failed = [r for r, row in enumerate(rows) if row[0]]
     if failed:
-        raise ShapeError(f"branch_policy_loss: ranks {failed} of the group have bad arguments")
+        raise GroupError(f"branch_policy_loss: ranks {failed} of the group have bad arguments")
     for i, name in enumerate(_AGREED, start=2):
         values = [row[i] for row in rows]
         if len(set(values)) > 1:
-            raise ShapeError(f"ranks of the group differ in {name}: {values}")
+            raise GroupError(f"ranks of the group differ in {name}: {values}")
 
     counts = [int(row[1]) for row in rows]
     inputs = [scores, old_scores, advantages] + ([] if ref_scores is None else [ref_scores])
@@ -487,6 +682,8 @@ def _over_group(
     numbers = _forward(*everyone[:3], ref, *scalars, chosen)
     first, G = sum(counts[: dist.get_rank(group)]), sum(counts)
     own = [numbers[7 + row * G + first :][:count] for row in range(4)]
+    if gradient == "mean":
+        own[0] = own[0] * len(counts)
     return _result(scores, torch.cat([numbers[:7], *own]), scalars.scale, ref_scores)
 
 
@@ -509,11 +706,8 @@ def _forward_impl(
     *scalars, backend = scalars_and_backend
     forward = _MODULES[backend].load().forward
     numbers: Tensor = forward(scores, old_scores, advantages, ref_scores, *scalars)
-    # Here and not in the public function, so that a compiled graph checks as well.
-    if not scalars[-1] and numbers.device.type == "cpu" and not math.isfinite(numbers[0].item()):
-        refuse_nonfinite(
-            scores=scores, old_scores=old_scores, advantages=advantages, ref_scores=ref_scores
-        )
+    if numbers.device.type == "cpu":  # here, so that a compiled graph checks as well
+        check_numbers(numbers, scalars[-1], scalars, scores, old_scores, advantages, ref_scores)
     return numbers
 
 

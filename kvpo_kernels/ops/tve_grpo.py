@@ -10,16 +10,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kvpo_kernels import registry
-from kvpo_kernels.errors import DtypeError, ShapeError
+from kvpo_kernels.errors import DtypeError, NonFiniteError, ShapeError
 from kvpo_kernels.ops.branch_policy_loss import (
     BranchPolicyLoss,
     ContrastiveObjective,
+    GradientOverRanks,
     Nonfinite,
     announce_failure,
     branch_policy_loss,
+    check_gradient,
     check_member,
+    check_numbers,
     check_scalars,
-    refuse_nonfinite,
+    checked_scores,
+    count_of,
     scalars_of,
 )
 from kvpo_kernels.ops.velocity_energy import (
@@ -27,6 +31,7 @@ from kvpo_kernels.ops.velocity_energy import (
     check_trajectories,
     checked_weights,
     energy_gradient,
+    refuse_overflow,
     trajectory_velocity_energy,
     why_not_cpu,
     why_not_triton,
@@ -57,6 +62,12 @@ class TveGrpoLoss(BranchPolicyLoss):
         """`[G]`, float32 (float64 for float64 input), detached; the scores are their negatives."""
         return self._per_branch(4)
 
+    def check(self) -> None:
+        """Raise NonFiniteError if loss, score or prediction gradient is not finite; waits."""
+        super().check()
+        if self.pred_grad is not None:
+            refuse_overflow(self.pred_grad, "pred_grad")
+
 
 def _why_not_cuda(p: Problem) -> str | None:
     if not registry.HAS_CUDA_KERNELS:
@@ -80,14 +91,17 @@ def tve_grpo_loss(
     pred: Tensor,
     target: Tensor,
     step_weights: Tensor,
-    old_scores: Tensor,
-    advantages: Tensor,
+    old_scores: Tensor | None = None,
+    advantages: Tensor | None = None,
     ref_scores: Tensor | None = None,
     *,
+    old_energies: Tensor | None = None,
+    ref_energies: Tensor | None = None,
     objective: ContrastiveObjective = ContrastiveObjective(),  # noqa: B008 (frozen)
     safe: bool = True,
     grad_steps: Tensor | Sequence[bool] | None = None,
     group: dist.ProcessGroup | None = None,
+    gradient: GradientOverRanks = "sum",
     nonfinite: Nonfinite = "raise",
     backend: str | None = None,
 ) -> TveGrpoLoss:
@@ -106,11 +120,15 @@ def tve_grpo_loss(
         old_scores: `[G]`, float32 (float64 for float64 predictions), as in `branch_policy_loss`.
         advantages: `[G]`, as `old_scores`.
         ref_scores: `[G]`, as `old_scores`, or None for the old policy.
+        old_energies: in place of `old_scores`, their negative: the `energies` of a result.
+        ref_energies: in place of `ref_scores`, their negative.
         objective: as in `branch_policy_loss`.
         safe: as in `branch_policy_loss`.
         grad_steps: `[S]` bool, the block-steps that carry gradient (all count in the energies);
             None for all. A tensor on the device of `pred`, or a sequence.
         group: as in `branch_policy_loss`; `pred` and the rest are the rank's own branches.
+        gradient: as in `branch_policy_loss`: "mean" where the ranks' gradients are averaged, as
+            `DistributedDataParallel` does; `pred_grad` is then times the number of ranks too.
         nonfinite: as in `branch_policy_loss`.
         backend: a name in `BACKENDS`; None takes the first that can run.
 
@@ -118,7 +136,9 @@ def tve_grpo_loss(
         `TveGrpoLoss`. Deterministic, for any number of threads.
 
     Raises:
-        ShapeError, DtypeError: naming the argument, and the branches that are not finite.
+        ShapeError, DtypeError: naming the argument.
+        ArgumentError, NonFiniteError, GroupError: as in `branch_policy_loss`; a gradient that
+            overflows the dtype of `pred` is looked for as well.
         BackendUnavailable: not the named backend can run the call.
 
     Source: KVPO (arXiv:2605.14278), the released trainer's objective.
@@ -131,23 +151,34 @@ def tve_grpo_loss(
             old_scores,
             advantages,
             ref_scores,
+            old_energies,
+            ref_energies,
             objective=objective,
             safe=safe,
             grad_steps=grad_steps,
             group=group,
+            gradient=gradient,
             nonfinite=nonfinite,
             backend=backend,
         )
+    check_gradient(gradient)
     scalars = scalars_of(objective, safe, nonfinite)
-    check_trajectories(pred, target)
-    weights = checked_weights(step_weights, pred)
+    branches = count_of(old_scores, old_energies, advantages)
+    check_trajectories(pred, target, branches)
+    weights = checked_weights(step_weights, pred, branches)
+    if branches is not None and branches != pred.shape[0]:
+        raise ShapeError(
+            f"pred must be [{branches}, S, ...] like the old policy's scores and the advantages,"
+            f" got {list(pred.shape)}"
+        )
     grad_weights = weights if grad_steps is None else _masked(weights, grad_steps)
     score_dtype = torch.float64 if pred.dtype is torch.float64 else torch.float32
-    like = (pred.device, score_dtype, pred.shape[0], 3)
-    old_scores = check_scalars("old_scores", old_scores, *like)
-    advantages = check_scalars("advantages", advantages, *like)
-    if ref_scores is not None:
-        ref_scores = check_scalars("ref_scores", ref_scores, *like)
+    like = (pred.device, score_dtype, pred.shape[0])
+    old = checked_scores("old_", old_scores, old_energies, like, scalars.drop, 4)
+    advantages = check_scalars("advantages", advantages, *like, 3)
+    ref = None
+    if ref_scores is not None or ref_energies is not None:
+        ref = checked_scores("ref_", ref_scores, ref_energies, like, scalars.drop, 4)
     chosen = registry.select(OP, BACKENDS, Problem(pred.device.type, pred.dtype), backend).name
     needs_grad = pred.requires_grad and torch.is_grad_enabled()
     numbers, grad = _forward(
@@ -155,15 +186,15 @@ def tve_grpo_loss(
         target,
         weights,
         grad_weights,
-        old_scores,
+        old,
         advantages,
-        ref_scores,
+        ref,
         *scalars,
         needs_grad,
         chosen,
     )
     source = (pred, grad) if needs_grad else None
-    reference: Literal["given", "old"] = "old" if ref_scores is None else "given"
+    reference: Literal["given", "old"] = "old" if ref is None else "given"
     return TveGrpoLoss(numbers, pred.shape[0], scalars.scale, reference, source)
 
 
@@ -171,23 +202,28 @@ def _over_group(
     pred: Tensor,
     target: Tensor,
     step_weights: Tensor,
-    old_scores: Tensor,
-    advantages: Tensor,
+    old_scores: Tensor | None,
+    advantages: Tensor | None,
     ref_scores: Tensor | None,
+    old_energies: Tensor | None,
+    ref_energies: Tensor | None,
     *,
     objective: ContrastiveObjective,
     safe: bool,
     grad_steps: Tensor | Sequence[bool] | None,
     group: dist.ProcessGroup,
+    gradient: GradientOverRanks,
     nonfinite: Nonfinite,
     backend: str | None,
 ) -> TveGrpoLoss:
     """The same from its three parts: the G scalars of other ranks come between the two passes."""
     check_member(group)
     try:
+        check_gradient(gradient)
         scalars_of(objective, safe, nonfinite)
-        check_trajectories(pred, target)
-        weights = checked_weights(step_weights, pred)
+        branches = count_of(old_scores, old_energies, advantages)
+        check_trajectories(pred, target, branches)
+        weights = checked_weights(step_weights, pred, branches)
         grad_weights = weights if grad_steps is None else _masked(weights, grad_steps)
         energies = trajectory_velocity_energy(pred.detach(), target, weights, backend=backend)
     except Exception:  # whatever it is, the other ranks wait for this one: tell them
@@ -198,9 +234,12 @@ def _over_group(
         old_scores,
         advantages,
         ref_scores,
+        old_energies=old_energies,
+        ref_energies=ref_energies,
         objective=objective,
         safe=safe,
         group=group,
+        gradient=gradient,
         nonfinite=nonfinite,
     )
     source = None
@@ -218,6 +257,28 @@ def _masked(weights: Tensor, grad_steps: Tensor | Sequence[bool]) -> Tensor:
     if mask.shape != weights.shape[-1:]:
         raise ShapeError(f"grad_steps must be {list(weights.shape[-1:])}, got {list(mask.shape)}")
     return torch.where(mask.to(weights.device), weights, 0.0)
+
+
+def _check_energies(
+    scores: Tensor, pred: Tensor, target: Tensor, weights: Tensor, drop: bool
+) -> None:
+    """Say which input energies that are not finite come from; the policy's check names branches."""
+    if drop or math.isfinite(sum(scores.tolist())):
+        return
+    if not weights.isfinite().all():
+        raise NonFiniteError(f"step_weights must be finite, got {weights.tolist()}")
+    bad = (~scores.isfinite()).nonzero().flatten()
+    if not len(bad):
+        return
+    energies = f"energies must be finite, got {(-scores[bad]).tolist()} for branches {bad.tolist()}"
+    for name, x in (("pred", pred), ("target", target)):
+        if not x[bad].isfinite().all():
+            raise NonFiniteError(f"{energies}: {name} is not finite there")
+    raise NonFiniteError(
+        f"{energies}: {scores.dtype} does not hold them, of step_weights up to"
+        f" {float(weights.abs().max()):.3g} and residuals up to"
+        f" {float((pred[bad].double() - target[bad].double()).abs().max()):.3g}"
+    )
 
 
 torch.library.define(
@@ -246,17 +307,14 @@ def _forward_impl(
     numbers, grad = forward(
         pred, target, weights, grad_weights, old_scores, advantages, ref_scores, *options
     )
-    drop = options[-2]
-    # Here and not in the public function, so that a compiled graph checks as well.
-    if not drop and numbers.device.type == "cpu" and not math.isfinite(numbers[0].item()):
-        if not weights.isfinite().all():
-            raise ShapeError(f"step_weights must be finite, got {weights.tolist()}")
-        refuse_nonfinite(
-            energies=numbers[-len(old_scores) :],
-            old_scores=old_scores,
-            advantages=advantages,
-            ref_scores=ref_scores,
-        )
+    if numbers.device.type == "cpu":  # here, so that a compiled graph checks as well
+        scores, drop = -numbers[-len(old_scores) :], options[-2]
+        _check_energies(scores, pred, target, weights, drop)
+        given = (scores, old_scores, advantages, ref_scores)
+        check_numbers(numbers, drop, options, *given, name="energies")
+        if options[-1]:
+            kappa = numbers[7 : 7 + len(scores)]
+            refuse_overflow(grad, "pred_grad", kappa, grad_weights)
     return numbers, grad
 
 

@@ -1,5 +1,6 @@
 """Trajectory velocity energies (TVE): how far predictions are from a recorded rollout."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -8,8 +9,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvpo_kernels import registry
-from kvpo_kernels.checks import integer
-from kvpo_kernels.errors import ConfigError, DtypeError, ShapeError
+from kvpo_kernels.checks import integer, number, numbers_of
+from kvpo_kernels.errors import (
+    ConfigError,
+    ConstantError,
+    DtypeError,
+    NonFiniteError,
+    RangeError,
+    ShapeError,
+)
 from kvpo_kernels.registry import Backend
 
 OP = "velocity_energy"
@@ -113,8 +121,10 @@ def velocity_gradient(
         ShapeError, DtypeError: naming the argument.
     """
     weights = _weight_of_step(pred, target, weight)
-    if not isinstance(kappa, Tensor) or not kappa.is_floating_point():
-        raise DtypeError("kappa must be a floating-point tensor")
+    if not isinstance(kappa, Tensor):
+        raise DtypeError(f"kappa must be a floating-point tensor, got {type(kappa).__name__}")
+    if not kappa.is_floating_point():
+        raise DtypeError(f"kappa must be a floating-point tensor, got {kappa.dtype}")
     if kappa.shape != pred.shape[:1]:
         raise ShapeError(f"kappa must be [{pred.shape[0]}], got {list(kappa.shape)}")
     if kappa.device != pred.device:
@@ -218,7 +228,7 @@ def velocity_step_weights(
         float64, shape and device of `sigmas`.
 
     Raises:
-        ShapeError: a sigma, or the weight that it would give, is not positive and finite; names
+        RangeError: a sigma, or the weight that it would give, is not positive and finite; names
             the steps.
         ConfigError: an unknown space, a bad floor or temperature.
 
@@ -226,20 +236,20 @@ def velocity_step_weights(
     """
     if space not in ("x0", "velocity"):
         raise ConfigError(f"space must be 'x0' or 'velocity', got {space!r}")
-    if not 0 <= sigma_floor < float("inf"):
+    if not 0 <= number("sigma_floor", sigma_floor) < math.inf:
         raise ConfigError(f"sigma_floor must be >= 0 and finite, got {sigma_floor}")
-    if not 0 < temperature < float("inf"):
+    if not 0 < number("temperature", temperature) < math.inf:
         raise ConfigError(f"temperature must be > 0 and finite, got {temperature}")
-    sigma = torch.as_tensor(sigmas, dtype=torch.float64).detach()
+    sigma = numbers_of("sigmas", sigmas).detach()
     steps = _not_positive(sigma)
     if steps:
         values = [float(sigma[tuple(i) if isinstance(i, list) else i]) for i in steps]
-        raise ShapeError(f"sigmas must be > 0 and finite, got {values} at steps {steps}")
+        raise RangeError(f"sigmas must be > 0 and finite, got {values} at steps {steps}")
     weight = 0.5 / (sigma.clamp_min(sigma_floor).square() * temperature)
     weight = weight if space == "x0" else weight * sigma.square()
     steps = _not_positive(weight)
     if steps:
-        raise ShapeError(f"sigmas give weights that float64 does not hold at steps {steps}")
+        raise RangeError(f"sigmas give weights that float64 does not hold at steps {steps}")
     return weight
 
 
@@ -252,13 +262,47 @@ def _not_positive(x: Tensor) -> list[int | list[int]]:
 def energy_gradient(
     pred: Tensor, target: Tensor, weights: Tensor, grad_energy: Tensor, backend: str | None
 ) -> Tensor:
-    """Return d(sum_g grad_energy[g] energy[g])/d(pred) of checked `[G, S, ...]` trajectories."""
+    """Return d(sum_g grad_energy[g] energy[g])/d(pred) of checked `[G, S, ...]` trajectories.
+
+    Raises:
+        NonFiniteError: on the CPU, outside a compiled graph: it overflows, of finite inputs.
+    """
     chosen = registry.select(OP, BACKENDS, Problem(pred.device.type, pred.dtype), backend).name
-    return _backward(pred, target, weights, grad_energy, chosen)  # type: ignore[no-any-return]
+    grad: Tensor = _backward(pred, target, weights, grad_energy, chosen)
+    if type(grad) is Tensor and grad.device.type == "cpu" and not torch.compiler.is_compiling():
+        refuse_overflow(grad, "the gradient", grad_energy, weights)
+    return grad
 
 
-def check_trajectories(pred: Tensor, target: Tensor) -> None:
-    """Check `[G, S, ...]` predictions against their targets; metadata only."""
+def refuse_overflow(
+    grad: Tensor, name: str, kappa: Tensor | None = None, weights: Tensor | None = None
+) -> None:
+    """Raise NonFiniteError where a gradient `[G, S, ...]` of finite inputs is not; reads values.
+
+    Args:
+        kappa: `[G]`, with `weights` `[S]` or `[G, S]` what makes it, `2 kappa weight residual / N`:
+            a residual is at most twice the largest number of its dtype, so that few gradients need
+            to be looked at. Without them the gradient itself is.
+    """
+    size = ""
+    if kappa is not None and weights is not None and grad.ndim > 1:
+        a, b = float(kappa.abs().max()), float(weights.abs().max())
+        if 2 * a * b / grad.shape[2:].numel() <= 0.5 or not a < math.inf or not b < math.inf:
+            return
+        size = f": kappa is up to {a:.3g}, weights up to {b:.3g}"
+    overflown = (~grad.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+    if overflown:
+        raise NonFiniteError(
+            f"{name} is out of the range of {grad.dtype} in rows {overflown}{size}"
+        )
+
+
+def check_trajectories(pred: Tensor, target: Tensor, branches: int | None = None) -> None:
+    """Check `[G, S, ...]` predictions against their targets; metadata only.
+
+    Args:
+        branches: how many there are by the scores, if they say: tells which of the two is wrong.
+    """
     for name, t in (("pred", pred), ("target", target)):
         if not isinstance(t, Tensor):
             raise DtypeError(f"{name} must be a tensor, got {type(t).__name__}")
@@ -267,51 +311,86 @@ def check_trajectories(pred: Tensor, target: Tensor) -> None:
     if pred.ndim < 2 or pred.numel() == 0:
         raise ShapeError(f"pred must be [G, S, ...] and not empty, got {list(pred.shape)}")
     if target.shape != pred.shape:
+        has = branches is not None and branches == target.shape[:1].numel() != pred.shape[0]
+        if target.ndim > pred.ndim or has:
+            raise ShapeError(
+                f"pred must be {list(target.shape)} like target, got {list(pred.shape)}"
+            )
         raise ShapeError(f"target must be {list(pred.shape)} like pred, got {list(target.shape)}")
     if target.dtype is not pred.dtype:
         raise DtypeError(f"target must be {pred.dtype} like pred, got {target.dtype}")
     if target.device != pred.device:
         raise DtypeError(f"target must be on {pred.device} like pred, got {target.device}")
     if target.requires_grad:
-        raise ShapeError("target requires grad, but it is a constant here: detach it")
+        raise ConstantError("target requires grad, but it is a constant here: detach it")
 
 
-def checked_weights(step_weights: Tensor, pred: Tensor) -> Tensor:
-    """Check `[S]` weights against the predictions and return them in float64."""
-    if not isinstance(step_weights, Tensor) or not step_weights.is_floating_point():
-        raise DtypeError("step_weights must be a floating-point tensor")
+def checked_weights(step_weights: Tensor, pred: Tensor, branches: int | None = None) -> Tensor:
+    """Check `[S]` weights against the predictions and return them in float64.
+
+    Args:
+        branches: how many there are by the scores, where the caller has any: tells which of pred
+            and the weights is of another size.
+    """
+    if not isinstance(step_weights, Tensor):
+        raise DtypeError(f"step_weights must be a tensor, got {type(step_weights).__name__}")
+    if not step_weights.is_floating_point():
+        raise DtypeError(f"step_weights must be a floating-point tensor, got {step_weights.dtype}")
     G, S = pred.shape[:2]
-    if step_weights.shape not in ((S,), (G, S)):
-        raise ShapeError(
-            f"step_weights must be [{S}] or [{G}, {S}], got {list(step_weights.shape)}"
-        )
+    last = step_weights.shape[-1] if step_weights.ndim else None
+    per_branch = step_weights.ndim == 2 and step_weights.shape[0] == G
+    # Not `in`, which a compiler takes for false where sizes are symbols.
+    if last is None or last != S or not (step_weights.ndim == 1 or per_branch):
+        raise ShapeError(_misfit(list(step_weights.shape), list(pred.shape), branches))
     if step_weights.device != pred.device:
         raise DtypeError(f"step_weights must be on {pred.device}, got {step_weights.device}")
     if step_weights.requires_grad:
-        raise ShapeError("step_weights requires grad, but it is a constant here: detach it")
+        raise ConstantError("step_weights requires grad, but it is a constant here: detach it")
     return step_weights.double()
+
+
+def _misfit(weights: list[int], pred: list[int], branches: int | None) -> str:
+    """What to say where weights and predictions do not fit: an axis that pred lacks shows here."""
+    G, S = pred[:2]
+    per_branch = len(weights) == 2
+    if not 1 <= len(weights) <= 2:
+        return f"step_weights must be [{S}] or [{G}, {S}], got {weights}"
+    lacks = f"pred must be [G, S, ...], got {pred}: step_weights {weights} has {weights[-1]} steps,"
+    if weights[-1] == G and branches != G and not (per_branch and weights[0] == G):
+        return f"{lacks} the size of axis 0; the axis of the branches is missing"
+    if len(pred) == 2 and (not per_branch or weights[0] == G):
+        return f"{lacks} but axis 1 is {S}; the axis of the block-steps is missing"
+    return (
+        f"step_weights must be [{S}] or [{G}, {S}], got {weights}; or else pred, which must be"
+        f" [G, S, ...], got {pred}, lacks an axis"
+    )
 
 
 def _weight_of_step(pred: Tensor, target: Tensor, weight: float | Tensor) -> Tensor:
     """Check one block-step `[b, ...]`. Its weight as `[1]`, or `[b, 1]` where branches differ."""
-    if not isinstance(pred, Tensor) or pred.ndim < 1:
-        raise ShapeError("pred must be a tensor [b, ...]")
-    if not isinstance(target, Tensor) or target.shape != pred.shape:
-        got = list(target.shape) if isinstance(target, Tensor) else type(target).__name__
-        raise ShapeError(f"target must be {list(pred.shape)} like pred, got {got}")
+    for name, x in (("pred", pred), ("target", target)):
+        if not isinstance(x, Tensor):
+            raise DtypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if pred.ndim < 1 or pred.numel() == 0:
+        raise ShapeError(f"pred must be [b, ...] and not empty, got {list(pred.shape)}")
+    if target.shape != pred.shape:
+        raise ShapeError(f"target must be {list(pred.shape)} like pred, got {list(target.shape)}")
     check_trajectories(pred.detach().unsqueeze(1), target.detach().unsqueeze(1))
     if isinstance(weight, Tensor) and weight.ndim > 0:
-        if weight.shape != pred.shape[:1] or not weight.is_floating_point():
+        if weight.shape != pred.shape[:1]:
             raise ShapeError(
                 f"weight must be a float or [{pred.shape[0]}], got {list(weight.shape)}"
             )
+        if not weight.is_floating_point():
+            raise DtypeError(f"weight must be a floating-point tensor, got {weight.dtype}")
         if weight.device.type == "cpu" and not bool(weight.isfinite().all()):
-            raise ShapeError(f"weight must be finite, got {weight.tolist()}")
+            raise NonFiniteError(f"weight must be finite, got {weight.tolist()}")
         return weight.detach().to(pred.device, torch.float64, non_blocking=True).unsqueeze(1)
-    if not abs(float(weight)) < float("inf"):
-        raise ShapeError(f"weight must be finite, got {weight}")
+    value = number("weight", weight)
+    if not math.isfinite(value):
+        raise NonFiniteError(f"weight must be finite, got {value}")
     # Filled, not copied: a copy from the host would wait for the device.
-    return torch.full((1,), float(weight), dtype=torch.float64, device=pred.device)
+    return torch.full((1,), value, dtype=torch.float64, device=pred.device)
 
 
 def _check_branches(index: list[int], rows: int, num_branches: int) -> None:
@@ -320,9 +399,9 @@ def _check_branches(index: list[int], rows: int, num_branches: int) -> None:
     for row, branch in enumerate(index):
         index[row] = branch = integer(f"branches[{row}]", branch, None)
         if not 0 <= branch < num_branches:
-            raise ShapeError(f"branches[{row}] = {branch} not in [0, {num_branches})")
+            raise RangeError(f"branches[{row}] = {branch} not in [0, {num_branches})")
         if branch in index[:row]:
-            raise ShapeError(f"branches[{row}] = {branch} is named twice")
+            raise RangeError(f"branches[{row}] = {branch} is named twice")
 
 
 torch.library.define(

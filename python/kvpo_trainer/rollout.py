@@ -7,6 +7,8 @@ Shape letters: n prompts, G branches, A = G + 1 rows per prompt with the anchor 
 the fork to the end of its chunk, s denoise steps, N tokens of a block, P values of a token.
 """
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +22,7 @@ from kvpo_kernels import (
     RoutingPlan,
     Timeline,
     TrajectoryEnergies,
+    eligible_starts,
     plan_history_routing,
     velocity_gradient,
     velocity_step_weights,
@@ -96,7 +99,8 @@ def check_routing(routing: HistoryRouting, data: DataConfig) -> None:
     """Refuse routings that the generator's context, fixed when it was pretrained, does not have.
 
     Raises:
-        ConfigError: naming the key; or no block of such videos can be perturbed.
+        ConfigError: naming the key; branches would be the same as others; or no block of such
+            videos can be perturbed.
     """
     window = SINK_FRAMES + LOCAL_FRAMES + data.block_frames
     for name, wanted in (
@@ -115,7 +119,27 @@ def check_routing(routing: HistoryRouting, data: DataConfig) -> None:
             f"routing.nearest_frames must be below {window - SINK_FRAMES}, or nothing is routed;"
             f" got {routing.nearest_frames}"
         )
-    plan_history_routing(routing, data.frames, 0, 0, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is an error here, or is told where it happens
+        plan_history_routing(routing, data.frames)
+        _check_distinct(routing, data.frames)
+
+
+def _check_distinct(routing: HistoryRouting, video_frames: int) -> None:
+    """Refuse branches that repeat each other wherever they fork; at some forks is a warning's."""
+    G, n, most, at = routing.num_branches, routing.routed_frames, 0, ""
+    for start in eligible_starts(routing, video_frames):
+        plan = plan_history_routing(routing, video_frames, start_frame=start)
+        distinct, pool = plan.distinct, len(plan.candidates)
+        if routing.selection == "independent":  # repeats by chance, and certainly beyond this
+            distinct = min(G, math.comb(pool, n))
+        if distinct > most:
+            most, at = distinct, f"at frame {start}, {n} frames of {pool} candidates"
+    if most < G:
+        raise ConfigError(
+            f"routing.num_branches = {G}, but no more than {most} branches are different with"
+            f" routing.selection = {routing.selection!r} ({at})"
+        )
 
 
 @torch.no_grad()

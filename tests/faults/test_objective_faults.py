@@ -234,10 +234,12 @@ def test_mismatched_rewards() -> None:
     [
         ({"clip_range_low": 1.2, "clip_range_high": 2.0}, "clip_range_low must be in"),
         ({"clip_range_low": -0.1}, "clip_range_low must be in"),
-        ({"clip_range_low": 0.2, "clip_range_high": 0.1}, "clip_range_high must be >="),
+        ({"clip_range_high": -0.1}, "clip_range_high must be >= 0, got -0.1"),
+        ({"clip_range_low": 0.1, "clip_range_high": -0.2}, "clip_range_high must be >= 0"),
         ({"clip_range_high": NAN}, "clip_range_high must be a finite number"),
         ({"clip_range_high": True}, "clip_range_high must be a finite number"),
         ({"kl_coef": -1.0}, "kl_coef must be >= 0"),
+        ({"kl_coef": 1e39}, "kl_coef must be at most 3.4e[+]38"),
         ({"kl_coef": "10"}, "kl_coef must be a finite number"),
         ({"protect": "mechanism_3"}, "protect must be"),
         ({"log_ratio_clamp": 0.0}, "log_ratio_clamp must be in"),

@@ -75,6 +75,10 @@ def test_only_the_first_mechanism_skips_a_step_without_a_safe_prompt(
         ({"window_frames": 18}, "routing.window_frames must be 12"),
         ({"nearest_frames": 9}, "routing.nearest_frames must be below 9, or nothing is routed"),
         ({"first_chunks": 0}, "no eligible start"),
+        ({"num_branches": 40}, "num_branches = 40, but no more than 14 branches are different"),
+        ({"nearest_frames": 8, "selection": "independent", "num_branches": 18}, "more than 10"),
+        ({"nearest_frames": 8, "selection": "balanced", "num_branches": 18}, "more than 10"),
+        ({"nearest_frames": 0, "cache_frames": 24}, "no more than 1 branches"),
     ],
 )
 def test_routings_that_the_generator_does_not_have(
