@@ -109,6 +109,17 @@ def register(name: str, kernel: Callable[..., Any], fake: Callable[..., Any]) ->
     return call
 
 
+def each_once(*tensors: Tensor | None) -> list[Tensor | None]:
+    """For `apply` of an autograd.Function: torch.compile does not take one tensor twice."""
+    if not torch.compiler.is_compiling():
+        return list(tensors)
+    once: list[Tensor | None] = []
+    for t in tensors:
+        twice = t is not None and any(t is other for other in once)
+        once.append(t.view(t.shape) if t is not None and twice else t)
+    return once
+
+
 def _watched(args: tuple[Any, ...]) -> bool:
     return (
         torch.compiler.is_compiling()

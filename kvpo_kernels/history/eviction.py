@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kvpo_kernels.checks import integer
 from kvpo_kernels.errors import ConfigError, ShapeError
-from kvpo_kernels.history.route_table import RouteTable
 from kvpo_kernels.history.memory import pool_of
+from kvpo_kernels.history.route_table import RouteTable
 from kvpo_kernels.history.slots import Slot, Slots, frame_index
 from kvpo_kernels.ops.store_frames import check_scales
 

@@ -112,7 +112,7 @@ def qk_norm_rope(
     cos, sin, name = _prepare(q, k, q_weight, k_weight, rope, first_frame, grid, eps, backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, q_weight, k_weight)):
         out: tuple[Tensor, Tensor] = _NormRope.apply(  # type: ignore[no-untyped-call]
-            q, k, q_weight, k_weight, cos, sin, eps, name
+            *registry.each_once(q, k, q_weight, k_weight, cos, sin), eps, name
         )
         return out
     return _forward(q, k, q_weight, k_weight, cos, sin, eps, name)  # type: ignore[no-any-return]

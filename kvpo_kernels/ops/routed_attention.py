@@ -206,8 +206,7 @@ def routed_attention(
     work, with scales per frame and head as FlashAttention-3 has them (arXiv:2407.08608).
     """
     if k_live is None and v_live is None and q.ndim == k_pool.ndim == v_pool.ndim == 4:
-        # Two tensors: torch.compile does not take one twice.
-        k_live, v_live = (q.new_zeros(q.shape[0], 0, *pool.shape[2:]) for pool in (k_pool, v_pool))
+        k_live = v_live = q.new_zeros(q.shape[0], 0, *k_pool.shape[2:])
     if k_live is None or v_live is None:
         raise ShapeError("k_live and v_live must be given both or neither")
     _check(q, k_pool, v_pool, table, k_live, v_live, k_scales, v_scales)
@@ -228,7 +227,9 @@ def routed_attention(
             )
         _check_not_in_pool(k_pool, v_pool, k_live, v_live, table.memory)
         out, lse = _RoutedAttention.apply(  # type: ignore[no-untyped-call]
-            q, k_pool, v_pool, table.slots, k_live, v_live, k_scales, v_scales, scale, chosen
+            *registry.each_once(q, k_pool, v_pool, table.slots, k_live, v_live, k_scales, v_scales),
+            scale,
+            chosen,
         )
     else:
         table.check_frames(k_pool)

@@ -88,7 +88,7 @@ def trajectory_velocity_energy(
     weights = checked_weights(step_weights, pred)
     chosen = registry.select(OP, BACKENDS, Problem(pred.device.type, pred.dtype), backend).name
     if pred.requires_grad and torch.is_grad_enabled():
-        return _VelocityEnergy.apply(pred, target, weights, chosen)  # type: ignore[no-untyped-call,no-any-return]
+        return _VelocityEnergy.apply(*registry.each_once(pred, target, weights), chosen)  # type: ignore[no-untyped-call,no-any-return]
     return _forward(pred, target, weights, chosen)  # type: ignore[no-any-return]
 
 
