@@ -8,6 +8,7 @@ each row by itself; beside that all selected rows of a case are timed in turns, 
 that ratio to ours, and all else that is in a record of `python -m kvpo_kernels bench`.
 """
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -34,11 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("needs pytest-benchmark: pip install 'kvpo_kernels[bench]'")
+    # of torch's own compiler
+    config.addinivalue_line("filterwarnings", "ignore:.torch.jit:DeprecationWarning")
     machine.keep_memory()
 
 
 def only_results(config: pytest.Config) -> bool:
-    return bool(config.getoption("--small") or config.getoption("benchmark_disable"))
+    return bool(config.getoption("benchmark_disable"))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -47,9 +50,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     op = metafunc.function.__name__.removeprefix("test_")
     device = metafunc.config.getoption("--kvpo-device")
+    small = metafunc.config.getoption("--small") or only_results(metafunc.config)
     rows = [
         pytest.param((case, row), id=f"{case.part}-{case.name}-{case.dtype_name}-{row}")
-        for case in catalogue.cases(op, device, only_results(metafunc.config))
+        for case in catalogue.cases(op, device, small)
         for row in case.rows()
     ]
     metafunc.parametrize("timed", rows, indirect=True)
@@ -68,6 +72,7 @@ class Session:
             params = [getattr(item, "callspec", None) for item in request.session.items]
             chosen = [p.params["timed"] for p in params if p and "timed" in p.params]
             rows = {row for other, row in chosen if other is case}
+            rows |= {yardstick.name for yardstick in case.yardsticks}  # for the fraction
             self.measurement = Measurement(case, rows=rows)
             self.records = {}
             if not only_results(request.config):
@@ -96,8 +101,9 @@ def timed(
 
     def run() -> None:
         benchmark.group = case.group
-        if row in measured.failures:
-            pytest.fail(f"{row} is not timed: {measured.failures[row]}", pytrace=False)
+        for name in (row, measured.backend):  # without ours there is no ratio
+            if name in measured.failures:
+                pytest.fail(f"{name} is not timed: {measured.failures[name]}", pytrace=False)
         call = measured.calls[row]
         if only_results(request.config):
             benchmark(call)
@@ -139,9 +145,6 @@ def ours(measured: Measurement, records: dict[str, dict[str, Any]]) -> dict[str,
 
 def say(config: pytest.Config, case: Case, row: str, measured: Measurement, record: Any) -> None:
     """A line as soon as a row is done."""
-    reporter = config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is None:
-        return
     ms, ratio = measured.times[row].median_ms, record["ratio"]
     what = f"{case.group}: {row} {ms:.4g} ms"
     if row == measured.backend:
@@ -151,6 +154,8 @@ def say(config: pytest.Config, case: Case, row: str, measured: Measurement, reco
         what += f", ours reaches {ratio:.2f} of it"
     else:
         what += f", ours is x{ratio:.2f}"
-    what += "".join(f" ({c['what']}: bar {c['bar']:.2f} MISSED)" for c in record["checks"] if not c["holds"])
-    reporter.ensure_newline()
-    reporter.write_line(what)
+    missed = [c for c in record["checks"] if not c["holds"]]
+    what += "".join(f" ({c['what']}: bar {c['bar']:.2f} MISSED)" for c in missed)
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+        print(f"\n{what}  ", end="", flush=True)

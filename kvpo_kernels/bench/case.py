@@ -77,6 +77,8 @@ class Case:
     """Of the largest value: the sides round to 16 bits in different places."""
     reference_row: bool = True
     """Whether the reference backend is of use as a row."""
+    small: bool = False
+    """Of a size at which only results matter: no bars."""
     with_memory: bool = False
     """Whether peaks of memory are measured as well."""
 
@@ -106,7 +108,8 @@ class Case:
     def rows(self) -> dict[str, str]:
         """Name -> what it is, of all that is compared: backends, baselines, yardsticks."""
         found = {name: "this library" for name in self.backends()}
-        return found | {row.name: row.about for row in (*self.baselines, *self.yardsticks)}
+        found |= {row.name: row.about for row in self.baselines}
+        return found | {row.name: row.about for row in self.yardsticks}
 
 
 def compiled(function: Callable[..., Any], small: bool) -> Callable[..., Any]:

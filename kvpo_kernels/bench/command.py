@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m kvpo_ker
     parser.add_argument("--backend", action="append", help="default: the one a call would take")
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's")
     parser.add_argument("--quick", action="store_true", help="each op's main case, few rounds")
+    parser.add_argument("--small", action="store_true", help="sizes at which only results matter")
     parser.add_argument("--list", action="store_true", help="explain the cases; measure nothing")
     parser.add_argument("--bars", action="store_true", help="exit with 1 where a bar is missed")
     parser.add_argument("--out", type=Path, help="write the records as JSON")
@@ -59,8 +60,16 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m kvpo_ker
             listed = "; ".join(f"{op} has {', '.join(backends)}" for op, backends in known.items())
             parser.error(f"--backend {name}: unknown; {listed}")
     there: dict[str, list[dict[str, Any]]] = {"records": [], "failures": []}
-    if args.add and args.out and args.out.exists():
-        there = json.loads(args.out.read_text())
+    if args.add and args.out is None:
+        parser.error("--add goes with --out: it is the file that records are added to")
+    if args.out and args.out.is_dir():
+        parser.error(f"--out {args.out}: is a folder")
+    if args.add and args.out.exists():
+        try:
+            there = json.loads(args.out.read_text())
+            there["records"] + there["failures"]
+        except (OSError, ValueError, KeyError, TypeError):
+            parser.error(f"--add: {args.out} has no records of this command")
     if args.plot:
         asked = [{"op": op} for op in ops if not args.backend or {*args.backend} & {*known[op]}]
         if why := picture.why_not(there["records"] + asked):
@@ -72,25 +81,28 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m kvpo_ker
         if why is None:
             parser.error("--plot needs matplotlib: pip install 'kvpo_kernels[bench]'")
     if args.list:
-        print(catalogue.explained(args.device, ops))
+        print(f"{catalogue.explained(args.device, ops)}\n{EPILOG}", end="")
         return 0
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     print(header(args.device), flush=True)
+    if args.small:
+        print("small sizes: results are checked, times mean nothing")
     records: list[dict[str, Any]] = []
     failures: list[dict[str, str]] = []
-    for case, backend in chosen(ops, args.device, args.backend, known, args.quick):
+    for case, backend in chosen(ops, args.device, args.backend, known, args.quick, args.small):
         what = f"{case.group}, {backend or 'default'}"
         try:
-            found = Measurement(case, backend, quick=args.quick).time()
+            found = Measurement(case, backend, quick=args.quick or args.small).time()
             failures += [{"part": f"{what}, {r}", "error": e} for r, e in found.failures.items()]
             new = found.records()
-            records += new
-            print(block(new), end="", flush=True)
         except Exception as error:  # the other cases still tell something
+            new = []
             failures.append({"part": what, "error": f"{type(error).__name__}: {error}"})
+        records += new
         if args.out:  # after each case: what is measured is kept, whatever comes
             write(args.out, there["records"] + records, there["failures"] + failures)
+        print(block(new), end="", flush=True)
         if args.device == "cuda":
             with contextlib.suppress(RuntimeError):  # an error of a kernel stays
                 torch.cuda.empty_cache()
@@ -101,8 +113,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m kvpo_ker
     if checks:
         print(f"{len(checks) - len(missed)} of {len(checks)} bars hold")
     print(EPILOG, end="")
-    if args.plot and picture.why_not(there["records"] + records) is None:
-        picture.draw(there["records"] + records, args.plot)
+    if args.plot:
+        if why := picture.why_not(there["records"] + records):
+            print(f"no picture: {why}")
+        else:
+            picture.draw(there["records"] + records, args.plot)
     return 1 if failures or (args.bars and missed) else 0
 
 
@@ -112,14 +127,15 @@ def chosen(
     backends: Sequence[str] | None,
     known: dict[str, list[str]],
     quick: bool,
+    small: bool,
 ) -> Iterator[tuple[Case, str | None]]:
     """What is measured. A backend is passed over for ops, and dtypes, that it is not made for."""
     for op in ops:
-        for backend in backends or (None,):
+        for backend in dict.fromkeys(backends or (None,)):
             if backend is not None and backend not in known[op]:
                 print(f"{op} has no backend {backend}; it has {', '.join(known[op])}")
                 continue
-            cases = list(catalogue.cases(op, device))
+            cases = list(catalogue.cases(op, device, small))
             if quick:
                 cases = [c for c in cases if c.name == cases[0].name and c.dtype is QUICK_DTYPE]
             able = [c for c in cases if backend is None or c.reasons()[backend] is None]

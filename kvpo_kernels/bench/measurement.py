@@ -1,12 +1,13 @@
 """A case measured: ours and whatever it is held against, checked, then timed in turns."""
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 
 from kvpo_kernels.bench import bars, machine
-from kvpo_kernels.bench.case import Call, Case, tensors
+from kvpo_kernels.bench.case import Call, Case, Work, tensors
 from kvpo_kernels.bench.timing import Timing, interleaved, ratio
 
 Record = dict[str, Any]
@@ -49,16 +50,15 @@ class Measurement:
         self.failures: dict[str, str] = {}
         self.times: dict[str, Timing] = {}
         self.peaks: dict[str, int | None] = {}
-        self._try(self.backend, lambda: self._checked(self.work.ours(self.backend)))
+        self._try(self.backend, lambda: self._checked(functools.partial(_ours, self.backend)))
         for name in case.rows():
             if name == self.backend or name not in wanted:
                 continue
             if name in sticks:
-                self._try(name, lambda name=name: self._scaled(name, *sticks[name](self.work)))
-            elif name in makers:
-                self._try(name, lambda name=name: self._checked(makers[name](self.work)))
+                self._try(name, functools.partial(self._scaled, name, sticks[name]))
             else:
-                self._try(name, lambda name=name: self._checked(self.work.ours(name)))
+                make = makers.get(name, functools.partial(_ours, name))
+                self._try(name, functools.partial(self._checked, make))
 
     def _try(self, name: str, make: Callable[[], Call]) -> None:
         try:
@@ -66,11 +66,12 @@ class Measurement:
         except Exception as error:  # of another library, of a compiler: said, not raised
             self.failures[name] = f"{type(error).__name__}: {error}"
 
-    def _scaled(self, name: str, call: Call, factor: float) -> Call:
-        self._factors[name] = factor
+    def _scaled(self, name: str, make: Callable[[Work], tuple[Call, float]]) -> Call:
+        call, self._factors[name] = make(self.work)
         return call
 
-    def _checked(self, call: Call) -> Call:
+    def _checked(self, make: Callable[[Work], Call]) -> Call:
+        call = make(self.work)
         if not self._expected:
             self.work.clear()
             # What a call writes lies where the next one writes as well.
@@ -87,9 +88,11 @@ class Measurement:
                 for name, call in self.calls.items():
                     if name not in self._factors:
                         self.peaks[name] = machine.peak_extra_bytes(call, self.case.device)
-            budget: dict[str, Any] = {"rounds": 5, "quick": True}
-            if not self.quick:
-                budget = {"rounds": 11, "min_seconds": 4.0}
+            budget: dict[str, Any] = {"rounds": 11, "min_seconds": 4.0}
+            if self.case.device == "cuda":  # nobody else is on it
+                budget = {"rounds": 15, "min_seconds": 1.5}
+            if self.quick:
+                budget = {"rounds": 5, "quick": True}
             times = interleaved(self.calls, device=self.case.device, **budget)
             self.times = {n: t.times(self._factors.get(n, 1.0)) for n, t in times.items()}
         return self
@@ -132,10 +135,12 @@ class Measurement:
             return []
         case, ours = self.case, self.times[self.backend]
         facts = machine.facts(case.device) | machine.rates(case.device, case.dtype)
-        checks = bars.check(facts["instructions"], case, self.values())
+        values = self.values()
+        kernels = {k[7:]: v for k, v in values.items() if k.startswith("kernel/")}
+        checks = [] if case.small else bars.check(facts["instructions"], case, values)
         about = case.rows()
         yardstick = next((y.name for y in case.yardsticks if y.name in self.times), None)
-        found = []
+        found: list[Record] = []
         for row in self.times:
             if row == self.backend and len(self.times) > 1:
                 continue
@@ -168,12 +173,17 @@ class Measurement:
                     "tbps": self.work.bytes / ours.median_ms / 1e9,
                     "fraction": None if yardstick is None else self.ratio(yardstick),
                     "fraction_of": yardstick,
+                    "kernels": kernels,
                     "peak_extra_bytes": self.peaks.get(self.backend),
                     "baseline_peak_extra_bytes": self.peaks.get(row),
                 }
                 | facts
             )
         return found
+
+
+def _ours(backend: str, work: Work) -> Call:
+    return work.ours(backend)
 
 
 def check(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:

@@ -205,5 +205,6 @@ def cases(device: str, small: bool) -> Iterator[Case]:
                 baselines,
                 (machine.of_copy(device),),
                 {"head_size": given.head_size},
+                small=small,
                 tolerance=3e-2 if dtype is torch.bfloat16 or sizes.page else 1e-4,
             )

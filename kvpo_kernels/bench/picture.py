@@ -16,15 +16,19 @@ def why_not(records: Sequence[dict[str, Any]]) -> str | None:
 
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write the picture; see `figure`."""
+    drawn = figure(records)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=130)
+    _pyplot().close(drawn)
+
+
+def figure(records: Sequence[dict[str, Any]]) -> Any:
     """Useful TFLOP/s per case, ours and the baselines', each with the rate of a product beside it.
 
     A baseline's rate counts the same useful operations in its own time.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = _pyplot()
     shown = [r for r in records if r["op"] == OP and not r.get("yardstick")]
     bars: list[tuple[str, float, str, str]] = []  # label, TFLOP/s, colour, text beside it
     last = None
@@ -37,7 +41,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
             last = case
         rate = r["useful_tflops"] / r["ratio"]
         bars.append((r["baseline"], rate, THEIRS, f"ours is x{r['ratio']:.2f}"))
-    figure, axes = pyplot.subplots(figsize=(9, 1.3 + 0.24 * len(bars)), layout="constrained")
+    drawn, axes = pyplot.subplots(figsize=(9, 1.3 + 0.24 * len(bars)), layout="constrained")
     for y, (_, rate, color, text) in enumerate(bars):
         axes.barh(y, rate, 0.8, color=color)
         axes.annotate(
@@ -51,6 +55,13 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_title(f"{shown[0]['device']}, {shown[0].get('instructions', '')}", fontsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    return drawn
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot

@@ -301,9 +301,7 @@ def _flex(work: Attention) -> Call:
         return torch.cat([pages, live], dim=1).transpose(1, 2)
 
     k, v = keys(work.k_pool, work.k_live), keys(work.v_pool, work.v_live)  # once, not timed
-    return work.timed(
-        lambda: flex(work.q.transpose(1, 2), k, v, block_mask=blocks).transpose(1, 2)
-    )
+    return work.timed(lambda: flex(work.q.transpose(1, 2), k, v, block_mask=blocks).transpose(1, 2))
 
 
 def _baselines(sizes: Sizes, part: str, device: str, small: bool) -> tuple[Baseline, ...]:
@@ -363,7 +361,7 @@ def _baselines(sizes: Sizes, part: str, device: str, small: bool) -> tuple[Basel
 def cases(device: str, small: bool) -> Iterator[Case]:
     """Every case of the device; the first is the main one."""
     for sizes in SIZES[device]:
-        parts = ("forward", "forward+backward")
+        parts: tuple[str, ...] = ("forward", "forward+backward")
         if device == "cuda":
             parts = tuple(PARTS) if sizes.main else ("forward", "backward")
         given = sizes.small() if small else sizes
@@ -386,6 +384,7 @@ def cases(device: str, small: bool) -> Iterator[Case]:
                     _baselines(sizes, part, device, small),
                     (machine.of_peak(dtype, device),),
                     problem,
+                    small=small,
                     tolerance=3e-2 if dtype is torch.bfloat16 else 1e-4,
                     reference_row=device == "cpu",  # all scores of a row at once
                     with_memory=part == "forward+backward",

@@ -122,6 +122,7 @@ def cases(device: str, small: bool) -> Iterator[Case]:
                     functools.partial(Rounding, given, dtype, page, device),
                     baselines,
                     (machine.of_copy(device),),
+                    small=small,
                     tolerance=0.0,  # the same bits on every backend
                     reference_row=False,  # it is "eager"
                 )

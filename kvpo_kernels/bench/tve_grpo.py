@@ -29,7 +29,9 @@ class Sizes:
 
 SIZES = {
     "cpu": (
-        Sizes("trainer", "8 branches, 4 block-steps of 24,576 values: fits in cache", values=24_576),
+        Sizes(
+            "trainer", "8 branches, 4 block-steps of 24,576 values: fits in cache", values=24_576
+        ),
         Sizes("wan-1.3b", "8 branches, 4 block-steps of a block of 480p"),
     ),
     "cuda": (
@@ -141,5 +143,6 @@ def cases(device: str, small: bool) -> Iterator[Case]:
                 functools.partial(Loss, given, dtype, device),
                 baselines,
                 (machine.of_copy(device), read),
+                small=small,
                 tolerance=1e-2 if dtype is torch.bfloat16 else 1e-4,
             )
