@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for, in one command and under nine minutes: build, correctness, speed.
+# Everything a GPU is needed for, in one command and under ten minutes: build, correctness, speed.
 #
 #   benchmarks/device_suite.sh            prints one table last
 #   OUT=folder benchmarks/device_suite.sh writes its JSON and log there, not to benchmarks/results

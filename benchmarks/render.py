@@ -24,8 +24,8 @@ def newest(pattern: str) -> tuple[Path, dict[str, Any]]:
 
     def date(item: tuple[Path, dict[str, Any]]) -> str:
         data = item[1]
-        records: list[dict[str, Any]] = data.get("records", [{}])
-        found: str = (data.get("environment") or data).get("date", records[0].get("date", ""))
+        first: dict[str, Any] = (data.get("records") or [{}])[0]
+        found: str = (data.get("environment") or data).get("date") or first.get("date", "")
         return found
 
     path, data = max(found, key=date)

@@ -47,7 +47,7 @@ def case(op: str, part: str = "", dtype: torch.dtype = torch.bfloat16) -> Case:
 
 
 def test_the_command_measures_prints_and_draws(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, drawn = tmp_path / "deep" / "out.json", tmp_path / "deeper" / "out.png"
     assert main(["bench", *SMALL, "--out", str(out), "--plot", str(drawn)]) == 0
@@ -84,6 +84,10 @@ def test_the_command_measures_prints_and_draws(
         "store_frames",
     }
     assert all(row.over_torch is not None and row.shares for row in found)
+    (tmp_path / "cpu-new.json").write_text(out.read_text())
+    monkeypatch.setattr(render, "RESULTS", tmp_path)
+    page = "\n".join(render.kernels())
+    assert f"{found[0].ours_ms:.3g} | joined" in page and "cpu-new.json" in page
 
 
 def test_cases_and_baselines_are_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,7 +109,7 @@ def test_cases_and_baselines_are_explained(capsys: pytest.CaptureFixture[str]) -
         (["--plot", "new/a.png", "--op", "tve_grpo"], "no records of routed_attention to draw"),
         (["--plot", "new/a.png", "--backend", "cuda"], "no records of routed_attention to draw"),
         (["--add"], "--add goes with --out"),
-        (["--add", "--out", "other.json"], "other.json has no records of this command"),
+        (["--add", "--out", "other.json"], "other.json has no records of this version"),
         (["--out", "."], "is a folder"),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
     ],

@@ -20,6 +20,8 @@ Call = Callable[[], Any]
 class Work(Protocol):
     """The inputs of a case, made once for all that is compared on them."""
 
+    backend: str | None
+    """Ours; baselines that are ways to use ours take it as well. None until it is chosen."""
     flops: float
     """Useful floating-point operations of a call."""
     bytes: int

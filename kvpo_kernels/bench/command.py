@@ -67,9 +67,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m kvpo_ker
     if args.add and args.out.exists():
         try:
             there = json.loads(args.out.read_text())
-            there["records"] + there["failures"]
+            [*there["failures"], *(r["part"] for r in there["records"])]
         except (OSError, ValueError, KeyError, TypeError):
-            parser.error(f"--add: {args.out} has no records of this command")
+            parser.error(f"--add: {args.out} has no records of this version of the command")
     if args.plot:
         asked = [{"op": op} for op in ops if not args.backend or {*args.backend} & {*known[op]}]
         if why := picture.why_not(there["records"] + asked):

@@ -129,7 +129,7 @@ def peak(dtype: torch.dtype, device: str) -> tuple[str, Call, float, float]:
     found = products(dtype, device)
     calls: dict[str, Callable[[], object]] = {name: call for name, (call, _) in found.items()}
     times = interleaved(calls, device=device, quick=True)
-    rates = {name: found[name][1] / times[name].min_ms / 1e9 for name in found}
+    rates = {name: found[name][1] / times[name].median_ms / 1e9 for name in found}
     best = max(rates, key=lambda name: rates[name])
     return best, *found[best], rates[best]
 
@@ -169,7 +169,7 @@ def rates(device: str, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "gemm_tflops": tflops,
         "gemm": name,
-        "copy_tbps": 2 * source.nbytes / copy.min_ms / 1e9,
+        "copy_tbps": 2 * source.nbytes / copy.median_ms / 1e9,
     }
 
 

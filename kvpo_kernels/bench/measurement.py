@@ -44,6 +44,7 @@ class Measurement:
         sticks = {row.name: row.make for row in case.yardsticks}
         wanted = {*makers, *sticks} if rows is None else set(rows)
         self.work = case.make()
+        self.work.backend = self.backend
         self._expected: tuple[torch.Tensor, ...] = ()
         self._factors: dict[str, float] = {}
         self.calls: dict[str, Call] = {}

@@ -110,6 +110,7 @@ class ContextPass:
         frames, T = sizes.grid[0], sizes.grid[1] * sizes.grid[2]
         page = getattr(torch, sizes.page) if sizes.page else dtype
         self.sizes = sizes
+        self.backend: str | None = None
         g = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:

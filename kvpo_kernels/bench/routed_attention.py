@@ -82,6 +82,7 @@ class Attention:
 
     def __init__(self, sizes: Sizes, part: str, dtype: torch.dtype, device: str) -> None:
         self.sizes, self.part, self.device = sizes, part, device
+        self.backend: str | None = None
         B, T, H, D = sizes.branches, sizes.frame_tokens, sizes.heads, sizes.head_size
         Q = sizes.block_frames * T
         g = torch.Generator(device).manual_seed(0)
@@ -227,19 +228,27 @@ class Attention:
         k, v = (pool[self.index].flatten(0, 1) for pool in (self.k_pool, self.v_pool))
         rows = [list(range(b * R, (b + 1) * R)) for b in range(B)]
         table = RouteTable(rows, B * R, self.device)
-        return self.timed(lambda: routed_attention(self.q, k, v, table, self.k_live, self.v_live))
+        live = (self.k_live, self.v_live)
+        return self.timed(
+            lambda: routed_attention(self.q, k, v, table, *live, backend=self.backend)
+        )
 
     def per_branch(self) -> Call:
         tables = [RouteTable([r], self.sizes.pool_frames, self.device) for r in self.routes]
         rows = [slice(b, b + 1) for b in range(len(tables))]
-        return self.timed(
-            lambda: torch.cat([self.attend(None, *rt) for rt in zip(rows, tables, strict=True)])
-        )
+
+        def attend() -> Tensor:
+            pairs = zip(rows, tables, strict=True)
+            return torch.cat([self.attend(self.backend, row, table) for row, table in pairs])
+
+        return self.timed(attend)
 
     def unquantized(self) -> Call:
         pools = (self.k_pool, self.v_pool)
         live = (self.k_live, self.v_live)
-        return self.timed(lambda: routed_attention(self.q, *pools, self.table, *live))
+        return self.timed(
+            lambda: routed_attention(self.q, *pools, self.table, *live, backend=self.backend)
+        )
 
 
 def _joined(

@@ -51,6 +51,7 @@ class Rounding:
         shape = (sizes.frames, sizes.frame_tokens, sizes.heads, sizes.head_size)
         g = torch.Generator(device).manual_seed(0)
         self.page = page
+        self.backend: str | None = None
         self.frames = torch.randn(*shape, generator=g, device=device).to(dtype)
         self.pool = torch.zeros(*shape, dtype=page, device=device)
         self.scales = torch.ones(sizes.frames, sizes.heads, device=device)

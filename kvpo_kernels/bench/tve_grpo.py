@@ -67,6 +67,7 @@ class Loss:
     def __init__(self, sizes: Sizes, dtype: torch.dtype, device: str) -> None:
         G, S, N = sizes.branches, sizes.steps, sizes.values
         self.device = device
+        self.backend: str | None = None
         g = torch.Generator(device).manual_seed(0)
         pred = torch.randn(G, S, N, generator=g, device=device)
         target = pred + 0.3 * torch.randn(G, S, N, generator=g, device=device)
@@ -99,7 +100,8 @@ class Loss:
 
     def autograd(self) -> Call:
         def run() -> Tensor:
-            loss = tve_grpo_loss(self.pred, self.target, *self.scalars).loss
+            inputs = (self.pred, self.target, *self.scalars)
+            loss = tve_grpo_loss(*inputs, backend=self.backend).loss
             return torch.autograd.grad(loss, self.pred)[0]
 
         return run
