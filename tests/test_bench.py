@@ -270,6 +270,15 @@ def test_the_yardstick_is_the_best_rate_of_the_machine(monkeypatch: pytest.Monke
         machine.peak.cache_clear()
 
 
+def test_without_instructions_for_it_no_bfloat16_loop_is_a_yardstick() -> None:
+    native = pytest.importorskip("kvpo_kernels._native")
+    native.set_isa_limit("avx2")
+    try:
+        assert not any("pairs" in name for name in machine.products(torch.bfloat16, "cpu"))
+    finally:
+        native.set_isa_limit("avx512_bf16")
+
+
 def test_every_bar_is_of_a_case_that_there_is() -> None:
     for instructions, table in bars.BARS.items():
         device = "cuda" if instructions.startswith("sm_") else "cpu"

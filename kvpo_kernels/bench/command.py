@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m kvpo_ker
     missed = [c for c in checks if not c["holds"]]
     if checks:
         print(f"{len(checks) - len(missed)} of {len(checks)} bars hold")
+    elif args.bars:
+        print(f"no bars for these cases on {machine.instructions(args.device)}: only measured")
     print(EPILOG, end="")
     if args.plot:
         if why := picture.why_not(there["records"] + records):
