@@ -12,11 +12,12 @@ CXX_FILES := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	touch $@
 
 demo: .venv/ready
-	.venv/bin/kvpo-train train --config demo --out runs/demo-$$(date +%Y%m%d-%H%M%S) --figure docs/figures/demo.png
+	.venv/bin/kvpo-train train --config demo --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: .venv/ready build/sanitized/ready
 	.venv/bin/ctest --test-dir build/sanitized --output-on-failure
 	$(PY) -m pytest
+	$(PY) -m pytest benchmarks --benchmark-disable
 
 # The kernels without Python, under ASan and UBSan.
 build/sanitized/ready: .venv/ready CMakeLists.txt $(CXX_FILES)
@@ -26,7 +27,7 @@ build/sanitized/ready: .venv/ready CMakeLists.txt $(CXX_FILES)
 	touch $@
 
 bench: .venv/ready
-	$(PY) benchmarks/run.py
+	$(PY) -m pytest benchmarks --benchmark-only --bars --benchmark-columns=min,median,iqr,rounds
 
 lint: .venv/ready
 	.venv/bin/ruff check .

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything a GPU is needed for, in one command and under nine minutes: build, correctness, speed.
+# Everything a GPU is needed for, in one command and under ten minutes: build, correctness, speed.
 #
 #   benchmarks/device_suite.sh            prints one table last
 #   OUT=folder benchmarks/device_suite.sh writes its JSON and log there, not to benchmarks/results
@@ -53,7 +53,7 @@ export PYTHON PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNB
 : >"$OUT/suite.log"
 part build 60 bash -c build
 if [ "$DEVICE" = cpu ]; then
-  part bench 120 "$PYTHON" -m kvpo_kernels bench --device cpu --quick --add --out "$result"
+  part bench 120 "$PYTHON" -m kvpo_kernels bench --device cpu --quick --small --add --out "$result"
   part layer 60 "$PYTHON" benchmarks/layer.py --device cpu --rounds 3
 else
   # Most of the tests' time is compilation: in parallel where pytest can. A test that hangs ends.
@@ -65,6 +65,7 @@ else
   bench routed_attention triton 90
   bench tve_grpo triton 35
   bench norm_rope triton 35
+  bench store_frames triton 20
   bench tve_grpo cuda 25
   part layer 25 "$PYTHON" benchmarks/layer.py --size wan-1.3b --out "$OUT/$name-layer-$commit.json"
   part iteration 75 "$PYTHON" benchmarks/iteration.py --size wan-1.3b --layers 1 --rounds 2 \

@@ -32,20 +32,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import figures
 import numpy as np
 import torch
 from denoise_graph import CudaGraphs
+from figures import PHASES
 from pooled_trainer import Pooled
-from run import environment
 from todays_trainer import Today
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from trainers import Problem, Trainer, make_problem
 
+from kvpo_kernels.bench.machine import environment
 from kvpo_kernels.cost.sizes import SIZES
 
-PHASES = ("prefix", "rollout", "replay", "replay, old", "replay, initial", "gradient", "optimizer")
 BARS = {"cuda": {"time": 2.5, "memory": 1 / 0.35}, "cpu": {"time": 2.0}}
 Seconds = dict[str, float]
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -226,9 +227,8 @@ def measure(
                 "samples": samples[name],
                 "peak_bytes": peaks[name],
             }
-        pairs = zip(samples["today"], samples["ours"], strict=True)
-        result["ratios"] = {
-            "time": statistics.median(sum(t.values()) / sum(o.values()) for t, o in pairs),
+        result["ratios"] = {  # median against median, of the same rounds
+            "time": result["today"]["seconds"] / result["ours"]["seconds"],
             "memory": peaks["today"] / peaks["ours"],
         }
         save(result)
@@ -257,29 +257,6 @@ def table(result: dict[str, Any]) -> str:
         share = f"{a / b:9.2f}" if b else f"{'-':>9}"
         lines.append(f"{label:30}{a:12.4g}{b:12.4g}{share}")
     return "\n".join(lines)
-
-
-def plot(result: dict[str, Any], path: Path) -> None:
-    """A stacked bar per way."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 2.6))
-    for y, name in enumerate(("ours", "today")):
-        left = 0.0
-        for i, phase in enumerate(PHASES):
-            seconds = result[name]["phases"][phase]
-            label = phase if y else None
-            axes.barh(name, seconds, left=left, color=pyplot.cm.tab10(i), label=label)
-            left += seconds
-    axes.set_xlabel("seconds per iteration")
-    axes.legend(ncols=4, fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.4))
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
 
 
 def main() -> int:
@@ -336,7 +313,7 @@ def main() -> int:
         verdict = "ok" if c["value"] >= c["bar"] else "MISSED"
         print(f"{c['what']}: x{c['value']:.2f} (bar {c['bar']:.2f}) {verdict}")
     if args.plot:
-        plot(result, args.plot)
+        figures.iteration(result | about, args.out.name if args.out else "", args.plot)
     return int(any(c["value"] < c["bar"] for c in result["checks"]))
 
 

@@ -20,10 +20,10 @@ from kvpo_trainer.generator import Generator, History
 from kvpo_trainer.rewards import RewardConfig
 from kvpo_trainer.rollout import Rollout, replay, roll_out
 from kvpo_trainer.weights import load_weights
-from run import environment
 from torch import Tensor
 
 from kvpo_kernels import FramePool, HistoryRouting, RouteTable, quantize_frames, routed_attention
+from kvpo_kernels.bench.machine import environment
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PAGES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from bench_tve_grpo import policy_loss
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +19,7 @@ from trainers import GRADIENT_STEPS, SIGMAS, WEIGHTS, Clock, Problem, Trainer
 from wan import Transformer, axis_tables, rope_float64
 
 from kvpo_kernels.bench.norm_rope import rms_norm
+from kvpo_kernels.bench.tve_grpo import policy_loss
 from kvpo_kernels.cost.iteration import CACHE, LOCAL, SINK
 
 

@@ -1,4 +1,4 @@
-"""Named problems. Tests, benchmarks and tuning draw from here, so they agree on what is run."""
+"""Named problems that tests share."""
 
 from dataclasses import dataclass
 
@@ -68,11 +68,4 @@ ROUTED = (
     RoutedCase("many-chunks", B=1, Q=130, H=1, D=128, F=4, T=195, R=2, L=200),
     RoutedCase("widest", B=1, Q=17, H=2, D=256, F=3, T=13, R=2, L=5),
     RoutedCase("half-pairs", B=2, Q=18, H=1, D=48, F=3, T=7, R=2, L=3),
-)
-
-# The benchmark shapes: 12 frames of keys per row, three of which are the row's own block.
-ROUTED_BENCH = (
-    RoutedCase("small", B=8, Q=192, H=4, D=64, F=40, T=64, R=9, L=192),
-    RoutedCase("mid", B=8, Q=768, H=6, D=64, F=40, T=256, R=9, L=768),
-    RoutedCase("large", B=2, Q=1170, H=12, D=128, F=33, T=390, R=9, L=1170),
 )

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -170,9 +171,14 @@ def test_history_is_the_peak_of_a_pool_that_is_driven_so(branches: int) -> None:
     assert pool.stats().peak_slots == slots
 
 
-def test_rates_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "name", [{"case": "F1"}, {"op": "routed_attention", "part": "forward", "case": "wan-1.3b"}]
+)
+def test_rates_and_json(
+    name: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     measured = tmp_path / "h200.json"
-    record = {"case": "F1", "driver": "580.1", "useful_tflops": 600.0, "gemm_tflops": 700.0}
+    record = {**name, "driver": "580.1", "useful_tflops": 600.0, "gemm_tflops": 700.0}
     record["copy_tbps"] = 4.0
     on_cpu = {**record, "driver": "none", "useful_tflops": 900.0}
     slower = {**record, "useful_tflops": 500.0}

@@ -17,7 +17,6 @@ from attention_checks import (
     output_weight,
     results,
 )
-from bench_routed_attention import peak_extra_bytes
 from cases import ROUTED, RoutedCase
 from torch import Tensor
 from torch.utils.checkpoint import (
@@ -28,6 +27,7 @@ from torch.utils.checkpoint import (
 
 from kvpo_kernels import RouteTable, _native, explain, routed_attention
 from kvpo_kernels.backends.triton import configs
+from kvpo_kernels.bench.machine import peak_extra_bytes
 from kvpo_kernels.ops import routed_attention as op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,8 +1,9 @@
 """Cases of RMSNorm + rotation + slot write: against the same in torch, as Wan has it and compiled.
 
-The bars are those of an H200 in bfloat16; elsewhere the same cases run smaller and have none.
+The op is `qk_norm_rope_write`, the context pass of a block.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kvpo_kernels import RopeTable, qk_norm_rope_write
-from kvpo_kernels.bench.comparison import Baselines, Comparison, Record, memory_bound_parts
+from kvpo_kernels.bench import machine
+from kvpo_kernels.bench.case import Baseline, Call, Case, compiled
 from kvpo_kernels.reference.store_frames import quantized
 
 EPS = 1e-6
@@ -18,11 +20,11 @@ FIRST_FRAME = 21
 
 
 @dataclass(frozen=True)
-class Case:
-    """One block of G branches, written into the pool."""
+class Sizes:
+    """One block of B branches, written into the pool."""
 
-    id: str = "R1"
-    variant: str = ""
+    name: str
+    about: str
     branches: int = 8
     grid: tuple[int, int, int] = (3, 30, 52)
     heads: int = 12
@@ -30,18 +32,25 @@ class Case:
     page: str = ""
     """dtype of the pool where it is quantized"""
 
-    def smaller(self) -> "Case":
-        """The same on a CPU."""
-        return replace(self, branches=1, grid=(3, 8, 8), heads=2)
+    def small(self) -> "Sizes":
+        """Where only results matter."""
+        return replace(self, branches=2, grid=(3, 4, 4), heads=2)
 
 
-CASES = (
-    Case(),
-    Case(variant="h40", heads=40),
-    Case(variant="one-branch", branches=1),
-    Case(variant="int8", page="int8"),
-)
-BARS = {"R1": 10.0, "R1/compile": 1.2, "R1/copy": 0.8}
+_TRAINER = Sizes("trainer", "8 branches, 3 frames of 256 tokens", 8, (3, 16, 16), 6, 64)
+SIZES = {
+    "cpu": (
+        _TRAINER,
+        Sizes("wan-1.3b", "2 branches, 3 frames of 1,560 tokens, 12 heads of 128", branches=2),
+        replace(_TRAINER, name="int8", about="trainer, into a pool of int8", page="int8"),
+    ),
+    "cuda": (
+        Sizes("wan-1.3b", "8 branches, 3 frames of 1,560 tokens, 12 heads of 128"),
+        Sizes("wan-14b", "40 heads of 128", heads=40),
+        Sizes("one-branch", "wan-1.3b, one branch", branches=1),
+        Sizes("int8", "wan-1.3b, into a pool of int8", page="int8"),
+    ),
+}
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -93,21 +102,15 @@ def block_in_torch(
     return turn(q, q_weight, *angles)
 
 
-class Bench(Comparison):
-    """Measures one case at one precision; yields records."""
+class ContextPass:
+    """The inputs of a case; a call returns q' and the pools of keys and values."""
 
-    def __init__(
-        self, case: Case, dtype: torch.dtype, device: str, backend: str | None, quick: bool
-    ) -> None:
-        B, H, D = case.branches, case.heads, case.head_size
-        frames, T = case.grid[0], case.grid[1] * case.grid[2]
-        page = getattr(torch, case.page) if case.page else dtype
-        # q, k, v: each read and written once
-        moved = B * frames * T * H * D * (4 * dtype.itemsize + 2 * page.itemsize)
-        shape = {"branches": B, "grid": list(case.grid), "heads": H, "head_size": D}
-        sizes = (shape, dtype, device, backend, quick)
-        super().__init__("norm_rope", case.variant, *sizes, bars=BARS, moved=moved)
-        self.case, self.backend = case, backend
+    def __init__(self, sizes: Sizes, dtype: torch.dtype, device: str) -> None:
+        B, H, D = sizes.branches, sizes.heads, sizes.head_size
+        frames, T = sizes.grid[0], sizes.grid[1] * sizes.grid[2]
+        page = getattr(torch, sizes.page) if sizes.page else dtype
+        self.sizes = sizes
+        self.backend: str | None = None
         g = torch.Generator(device).manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
@@ -119,55 +122,90 @@ class Bench(Comparison):
         self.slots = torch.randperm(B * frames, generator=order).view(B, frames)
         self.index = self.slots.flatten().to(device)
         self.pools = torch.zeros(2, B * frames, T, H, D, dtype=page, device=device)
-        self.scales = torch.ones(2, B * frames, H, device=device) if case.page else (None, None)
+        self.scales = torch.ones(2, B * frames, H, device=device) if sizes.page else (None, None)
         self.rope = RopeTable(D, device=device)
-        self.cos, self.sin = self.rope.tokens(FIRST_FRAME, case.grid)
-        self.rotation = torch.complex(*self.rope.tokens(FIRST_FRAME, case.grid, wide=True))
+        self.angles = self.rope.tokens(FIRST_FRAME, sizes.grid)
+        self.rotation = torch.complex(*self.rope.tokens(FIRST_FRAME, sizes.grid, wide=True))
+        # q, k, v: each read and written once
+        self.bytes = self.q.numel() * (4 * dtype.itemsize + 2 * page.itemsize)
+        self.flops = 13.0 * self.q.numel()
 
-    def ours(self) -> tuple[Tensor, Tensor]:
-        q = qk_norm_rope_write(
-            self.q,
-            self.k,
-            self.v,
-            self.weights[0],
-            self.weights[1],
-            self.rope,
-            FIRST_FRAME,
-            grid=self.case.grid,
-            k_pool=self.pools[0],
-            v_pool=self.pools[1],
-            slots=self.slots,
-            k_scales=self.scales[0],
-            v_scales=self.scales[1],
-            backend=self.backend,
-        )
-        return q, self.pools
+    def clear(self) -> None:
+        """Of the pools."""
+        self.pools.zero_()
+
+    def ours(self, backend: str) -> Call:
+        """The op."""
+
+        @torch.no_grad()
+        def run() -> tuple[Tensor, Tensor]:
+            q = qk_norm_rope_write(
+                self.q,
+                self.k,
+                self.v,
+                self.weights[0],
+                self.weights[1],
+                self.rope,
+                FIRST_FRAME,
+                grid=self.sizes.grid,
+                k_pool=self.pools[0],
+                v_pool=self.pools[1],
+                slots=self.slots,
+                k_scales=self.scales[0],
+                v_scales=self.scales[1],
+                backend=backend,
+            )
+            return q, self.pools
+
+        return run
+
+    def expected(self) -> tuple[Tensor, Tensor]:
+        """By the reference."""
+        q, pools = self.ours("reference")()
+        return q, pools
 
     def in_torch(
         self, block: Callable[..., Tensor], turn: Callable[..., Tensor], *angles: Tensor
-    ) -> Callable[[], tuple[Tensor, Tensor]]:
-        self.pools.zero_()  # what it does not write shows
+    ) -> Call:
         inputs = (self.q, self.k, self.v, *self.weights, *self.pools, *self.scales, self.index)
-        return lambda: (block(turn, angles, *inputs), self.pools)
 
-    @torch.no_grad()
-    def run(self, copy_tbps: float) -> Iterator[Record]:
-        """q, and k and v in their slots, and how near it comes to a copy of as many bytes."""
-        compiled = torch.compile(block_in_torch, dynamic=False)
-        angles = (self.cos, self.sin)
-        others: Baselines = {
-            "R1": (
-                "torch, float64 rotation",
-                lambda: self.in_torch(block_in_torch, original, self.rotation),
-            ),
-            "R1/compile": ("torch.compile", lambda: self.in_torch(compiled, fused, *angles)),
-        }
-        flops = 13.0 * (self.q.numel() + self.k.numel()) / 2
-        yield from self.compare_and_copy("R1", self.ours, others, flops, copy_tbps)
+        @torch.no_grad()
+        def run() -> tuple[Tensor, Tensor]:
+            return block(turn, angles, *inputs), self.pools
+
+        return run
 
 
-def parts(
-    device: str, quick: bool, backend: str | None, rates: dict[str, float]
-) -> Iterator[tuple[str, Callable[[], Iterator[Record]]]]:
-    """What is measured, each on its own so that one that fails leaves the others."""
-    return memory_bound_parts(CASES, Bench, device, quick, backend, rates["copy_tbps"])
+def cases(device: str, small: bool) -> Iterator[Case]:
+    """Every case of the device; the first is the main one."""
+    baselines = (
+        Baseline(
+            "compile",
+            "float32 and real arithmetic in torch, under torch.compile",
+            lambda work: work.in_torch(compiled(block_in_torch, small), fused, *work.angles),
+        ),
+        Baseline(
+            "original",
+            "as Wan has it: a complex product in float64, in torch",
+            lambda work: work.in_torch(block_in_torch, original, work.rotation),
+        ),
+    )
+    for sizes in SIZES[device]:
+        given = sizes.small() if small else sizes
+        both = device == "cpu" and not sizes.page
+        for dtype in (torch.float32, torch.bfloat16) if both else (torch.bfloat16,):
+            yield Case(
+                "norm_rope",
+                "write",
+                sizes.name,
+                f"RMSNorm and rotation of q and k, k and v into slots; {sizes.about}",
+                dtype,
+                device,
+                {k: v for k, v in vars(given).items() if k not in ("name", "about")},
+                functools.partial(ContextPass, given, dtype, device),
+                baselines,
+                (machine.of_copy(device),),
+                {"head_size": given.head_size},
+                small=small,
+                tolerance=3e-2 if dtype is torch.bfloat16 or sizes.page else 1e-4,
+            )
