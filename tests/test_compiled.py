@@ -4,13 +4,14 @@ A graph serves many pools, so several sizes go through each function. `aot_eager
 own tests use, neither plans memory nor writes in place.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from kvpo_trainer.data import DataConfig
-from kvpo_trainer.generator import Generator, GeneratorConfig, History
+from kvpo_trainer.generator import Generator, GeneratorConfig
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx
 
@@ -117,19 +118,22 @@ def run_pass(
     return out, *memory(pool)
 
 
-@pytest.mark.parametrize("dynamic", [None, True, False])
-@pytest.mark.parametrize("page", PAGES, ids=str)
+@pytest.mark.parametrize(
+    ("page", "dynamic"),
+    [*itertools.product(PAGES, [None, True]), (None, False)],
+    ids=str,
+)
 def test_a_context_pass_writes_its_slots_and_no_other(
     page: torch.dtype | None, dynamic: bool | None
 ) -> None:
     backend = "reference" if dynamic is False else None
     compiled = Compiled(context_pass, dynamic)
-    for num_slots, rows in ((8, 2), (12, 2), (20, 3), (9, 1), (20, 3)):
+    for num_slots, rows in ((8, 2), (12, 2), (20, 3), (9, 2)):
         case = (num_slots, rows, page, backend)
         expected, actual = run_pass(context_pass, *case), run_pass(compiled.call, *case)
         for a, e in zip(actual, expected, strict=True):
             assert torch.equal(a, e), (num_slots, rows)
-    assert compiled.runs == 5
+    assert compiled.runs == 4
 
 
 def test_a_compiled_write_copies_no_pool() -> None:
@@ -299,11 +303,10 @@ def test_one_tensor_may_be_several_inputs() -> None:
         torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)  # gradients are summed around the op
 
 
-@pytest.mark.parametrize("kept", ["float32", "int8", "float8"])
-def test_the_trainers_stream(kept: History) -> None:
-    """Its denoising steps and its context pass, over pools of several sizes."""
+def test_the_trainers_stream() -> None:
+    """Its denoising steps and its context pass, over int8 pools of several sizes."""
     generator = Generator(GeneratorConfig(layers=2), DataConfig())
-    generator.history = kept
+    generator.history = "int8"
     compiled = Compiled(generator.stream)
     tokens, patch = generator.block_tokens, generator.data.patch_values
     text = generator.encode_text(torch.zeros(1, 8, dtype=torch.int64))
@@ -311,14 +314,14 @@ def test_the_trainers_stream(kept: History) -> None:
     for stream in (generator.stream, compiled.call):
         torch.manual_seed(0)
         outs = []
-        for num_slots in (12, 15, 18):
+        for num_slots in (12, 15):
             pool = generator.new_pool(num_slots)
             video = pool.timeline()
-            for _ in range(3):
+            for _ in range(2):
                 with torch.no_grad():
                     x, first = torch.randn(1, tokens, patch), video.num_frames
                     table = pool.routes([video.window(1, 6)])
-                    for sigma in (1.0, 0.7, 0.4):
+                    for sigma in (1.0, 0.7):
                         x = x - 0.3 * stream(x, sigma, text, first, pool, table)
                     frames = generator.data.block_frames
                     slots = pool.prepare_write([video], video.append(frames), frames)
@@ -327,10 +330,10 @@ def test_the_trainers_stream(kept: History) -> None:
             outs += [pool.k(layer).float() for layer in range(2)]
         results.append(outs)
     for a, e in zip(*results, strict=True):
-        # Fused float32 arithmetic around the ops; a step of 8 bits where a value lies at its edge.
-        close = (a - e).abs() <= (1e-4 if kept == "float32" else 1.0) * e.abs().max()
-        assert a.isfinite().all() and close.float().mean() > 0.99
-    assert compiled.runs == 36
+        # Arithmetic around the ops is fused: a key at the edge between two steps of 8 bits may take
+        # the other, which moves what attends to it by a part in 127.
+        assert (a - e).abs().max() <= 0.02 * e.abs().max()
+    assert compiled.runs == 12
 
 
 def raw_write(storage: Tensor, x: Tensor, rope: RopeTable, slots: Tensor) -> Tensor:
