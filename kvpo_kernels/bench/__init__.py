@@ -26,7 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     baseline, baseline_ms, ratio (baseline_ms / ours_ms, the median of the rounds'), useful_tflops,
     gemm_tflops, bytes, copy_tbps, peak_extra_bytes, device, driver, torch, triton, commit, date.
     """
-    parser = argparse.ArgumentParser(prog="python -m kvpo_kernels bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m kvpo_kernels bench",
+        description=__doc__,
+        epilog="example: python -m kvpo_kernels bench --quick --op tve_grpo --out records.json",
+    )
     parser.add_argument("--op", choices=OPS, action="append", help="default: every op")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
