@@ -15,6 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from kvpo_kernels import __version__
 from kvpo_trainer.curves import curves, smooth
@@ -80,8 +81,10 @@ td,th{padding:.3rem .35rem;font-size:.85rem}.narrow td.n{white-space:normal}
 """
 MAX_TEXT = 300
 """Characters of one text from outside, as a prompt."""
-VIDEO_BYTES = 300_000
-"""Of all videos on the page; those that would go beyond are left out."""
+VIDEO_BYTES = 150_000
+"""Of all videos on the page, which is to stay below 0.5 MB: those that go beyond are left out."""
+FILM_PIXELS, STRIP_PIXELS = 32, 24
+"""Of a side of a frame, at most; the means of squares of pixels where it has more."""
 MILLISECONDS = 120
 """Of a frame."""
 
@@ -123,7 +126,14 @@ def strip(video: Tensor, every: int = 3, scale: int = 3) -> bytes:
 
 def film(video: Tensor) -> bytes:
     """All frames of a video `[T, H, W]` side by side, as PNG: what the page plays."""
-    return _grey(np.concatenate(list(frames_of(video)), 1))
+    pixels = np.concatenate(list(frames_of(coarse(video, FILM_PIXELS))), 1)
+    return _encoded(Image.fromarray(pixels))
+
+
+def coarse(video: Tensor, limit: int) -> Tensor:
+    """Frames `[T, H, W]` of at most `limit` pixels a side, by means over squares."""
+    square = -(-max(video.shape[1:]) // limit)
+    return avg_pool2d(video[:, None], square)[:, 0] if square > 1 else video
 
 
 def differences(video: Tensor, anchor: Tensor, gain: float, every: int = 3) -> bytes:
@@ -134,7 +144,8 @@ def differences(video: Tensor, anchor: Tensor, gain: float, every: int = 3) -> b
     Args:
         gain: differences are shown that many times as large.
     """
-    both = [((v[::every] + 1) / 2).clamp(0, 1).double() for v in (video, anchor)]
+    shown = (coarse(v[::every].double(), STRIP_PIXELS) for v in (video, anchor))
+    both = [((v + 1) / 2).clamp(0, 1) for v in shown]
     mean, change = (both[0] + both[1]) / 2, gain * (both[0] - both[1]) / 2
     base = 0.25 + 0.5 * mean  # not black: readable on a light and on a dark page
     colours = torch.stack([base + change, base, base - change], -1).clamp(0, 1)
@@ -335,7 +346,8 @@ def _reward_charts(metrics: Sequence[Mapping[str, Any]]) -> str:
             continue  # of a damaged file
     if not rows:
         return ""
-    charts = "".join(curves(name, _e(_short(name)), rows) for name in names)
+    title = lambda name: NAMES[name].partition(":")[0].partition(" (")[0]
+    charts = "".join(curves(name, title(name), rows) for name in names)
     swatch = "<svg width=28 height=10 aria-hidden=true><path class={} d='M0 5H28' /></svg>"
     return (
         "<h2>Rewards while training</h2>"
@@ -347,10 +359,6 @@ def _reward_charts(metrics: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _short(name: str) -> str:
-    return NAMES[name].partition(":")[0].partition(" (")[0]
-
-
 def _videos(before: Evaluation, after: Evaluation, prompts: Sequence[Prompt], clips: int) -> str:
     figures: list[str] = []
     spent = 0
@@ -360,7 +368,7 @@ def _videos(before: Evaluation, after: Evaluation, prompts: Sequence[Prompt], cl
         spent += sum(map(len, films.values()))
         if spent > VIDEO_BYTES and figures:
             break
-        frames, height, width = before.videos[i].shape
+        frames, height, width = coarse(before.videos[i], FILM_PIXELS).shape
         style = f"--n:{frames};--t:{frames * MILLISECONDS}ms;aspect-ratio:{width}/{height}"
         shown = "".join(
             "<div>"
@@ -374,9 +382,11 @@ def _videos(before: Evaluation, after: Evaluation, prompts: Sequence[Prompt], cl
         )
     if not figures:
         return ""
+    true = tuple(before.videos.shape[-2:])
+    scaled = "" if true == (height, width) else f"; {width} x {height} means of {true} pixels"
     return (
         f"<h2>Videos</h2><p class=note>Of {len(figures)} of the {len(prompts)} held-out prompts,"
-        " from the same noise before and after training.</p>"
+        f" from the same noise before and after training{scaled}.</p>"
         f"{_stop('stop-all', 'all videos')}<div class=clips>{''.join(figures)}</div>"
     )
 
@@ -397,8 +407,7 @@ def _branch_tree(result: StepResult, prompt: int = 0, every: int = 3) -> str:
     videos = rollout.chunk[prompt, :, fork - first :]
     anchor_video = videos[G]
     gain = difference_gain(videos[:G], anchor_video)
-    frames, height, width = anchor_video.shape
-    shown = len(range(0, frames, every))
+    shown, height, width = coarse(anchor_video[::every], STRIP_PIXELS).shape
     style = f"height:3rem;aspect-ratio:{shown * (width + 1) - 1}/{height}"
     rows = []
     for row in range(G + 1):
@@ -428,8 +437,8 @@ def _branch_tree(result: StepResult, prompt: int = 0, every: int = 3) -> str:
         "<h2>One rollout, branch by branch</h2>"
         f"<p class=note>“{_e(rollout.prompts[prompt].text)}”, forked at frame {fork}. All rows"
         " share prefix and noise and differ in the old frames they attend to (blue; grey: sink and"
-        f" nearest) until frame {plan.end_frame}. Shown is every frame whose number is {fork} plus"
-        f" a multiple of {every}: <b>orange</b> where only the branch is bright, <b>blue</b> where"
+        f" nearest) until frame {plan.end_frame}. Shown is one frame in {every} from the fork on:"
+        " <b>orange</b> where only the branch is bright, <b>blue</b> where"
         f" only the anchor is, grey where they agree; differences are drawn {gain:.2g} times as"
         " large as they are. “Differs” is the root mean square distance of a pixel from the"
         " anchor's, of 1 from black to white. An advantage below zero means that the branch scored"
@@ -464,10 +473,6 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
     return buffer.getvalue()
-
-
-def _grey(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
-    return _encoded(Image.fromarray(pixels))
 
 
 def _encoded(image: Image.Image) -> bytes:

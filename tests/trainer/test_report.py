@@ -4,7 +4,7 @@ import base64
 import io
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -204,12 +204,24 @@ def test_metrics_that_are_damaged_or_not_finite() -> None:
         assert not re.search("nan|inf", path), path
 
 
-def test_large_videos_are_fewer() -> None:
-    noise = torch.rand(3, 57, 48, 48) * 2 - 1  # 131 kB each
-    scores = evaluation(0.0).scores
-    large = Evaluation(noise, scores)
-    page = report.render("t", "", {}, METRICS, large, large, PROMPTS, None)
-    assert page.count("class=film") == 2 and "Of 1 of the 3 held-out prompts" in page
+@pytest.mark.parametrize(("canvas", "films"), [(16, 6), (48, 4), (130, 4)])
+def test_the_page_stays_small(canvas: int, films: int, result: StepResult) -> None:
+    """Even for noise, which no encoder makes smaller, of any resolution."""
+    noise = lambda *shape: torch.rand(*shape, canvas, canvas) * 2 - 1
+    large = Evaluation(noise(3, 57), evaluation(0.0).scores)
+    _, rows, frames = result.rollout.chunk.shape[:3]
+    chunk = noise(1, rows, frames)
+    last = replace(result, rollout=replace(result.rollout, chunk=chunk))
+    page = report.render("t", "", {}, METRICS, large, large, PROMPTS, last)
+    assert len(page.encode()) < 500_000
+    assert page.count("class=film") == films
+    assert ("means of" in page) == (canvas > 32)
+
+
+def test_coarse() -> None:
+    video = torch.arange(2 * 8 * 6.0).view(2, 8, 6)
+    assert report.coarse(video, 8) is video
+    assert torch.equal(report.coarse(video, 4)[1, 2, 1], video[1, 4:6, 2:4].mean())
 
 
 def test_commit_is_the_codes_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
