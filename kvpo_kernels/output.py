@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable
-from typing import TextIO
+from typing import Any, TextIO
 
 READER_GONE = 141  # 128 + SIGPIPE, as a shell reports of other programs
 NOT_WRITTEN = 2
@@ -36,13 +36,8 @@ class Told:
     def flush(self) -> None:
         self._try(lambda stream: stream.flush())
 
-    def isatty(self) -> bool:
-        return self.stream is not None and self.stream.isatty()
-
-    def fileno(self) -> int:
-        if self.stream is None:
-            raise OSError("there is no standard output")
-        return self.stream.fileno()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)  # isatty, fileno and what else libraries ask for
 
     def _try(self, act: Callable[[TextIO], object]) -> None:
         if self.error is not None:
