@@ -164,7 +164,11 @@ def why_not_built(module: str, package: Path = Path(__file__).parent) -> str:
         asked, asked_cuda = build["KVPO_BUILD_NATIVE"], build["KVPO_BUILD_CUDA"]
         compiler, nvcc = build["compiler"], build["nvcc"]
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{text}, and nothing tells why" if module == "_cuda" else text
+        return (
+            f"{text}, and nothing tells why; CMake needs -DKVPO_BUILD_CUDA=ON"
+            if module == "_cuda"
+            else text
+        )
     if asked == "OFF":
         return f"{text}: KVPO_BUILD_NATIVE was OFF"
     if module == "_cuda" and asked_cuda == "OFF":

@@ -67,7 +67,7 @@ def test_other_reasons_for_a_missing_module(tmp_path: Path) -> None:
     for damaged in ("", "[]", "{}", "null"):
         (tmp_path / "_build.json").write_text(damaged)
         unknown = "the CUDA module is not built, and nothing tells why"
-        assert registry.why_not_built("_cuda", tmp_path) == unknown
+        assert registry.why_not_built("_cuda", tmp_path).startswith(unknown)
     (tmp_path / "_cuda.cpython-39-darwin.so").touch()
     assert registry.why_not_built("_cuda", tmp_path) == (
         "the CUDA module is not built for this Python: there is _cuda.cpython-39-darwin.so"
