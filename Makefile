@@ -41,4 +41,4 @@ format: .venv/ready
 	.venv/bin/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf .venv build *.egg-info kvpo_kernels/*.so
+	rm -rf .venv build *.egg-info kvpo_kernels/*.so kvpo_kernels/_build.json

@@ -6,6 +6,7 @@ backend remains, and Triton on a GPU. A build that fails although there is a com
 installation.
 """
 
+import json
 import os
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 MODE = os.environ.get("KVPO_BUILD_NATIVE", "AUTO")
@@ -39,6 +41,21 @@ def cuda_compiler() -> str | None:
     if compiler is None and CUDA == "ON":
         raise SystemExit("KVPO_BUILD_CUDA is ON, but there is no nvcc: set CUDACXX")
     return compiler
+
+
+class RecordedBuild(build_py):
+    """Also writes down what was asked for and found, so that `doctor` can say what is missing."""
+
+    def run(self) -> None:
+        super().run()
+        build = {
+            "KVPO_BUILD_NATIVE": MODE,
+            "KVPO_BUILD_CUDA": CUDA,
+            "compiler": has_compiler(),
+            "nvcc": cuda_compiler() is not None,
+        }
+        lib = "." if self.editable_mode else self.build_lib
+        (Path(lib) / "kvpo_kernels" / "_build.json").write_text(json.dumps(build) + "\n")
 
 
 class CMakeExtension(Extension):
@@ -101,5 +118,5 @@ setup(
         "kvpo_trainer": ["py.typed", "weights/*", "configs/*.yaml"],
     },
     ext_modules=[] if MODE == "OFF" else [CMakeExtension(name) for name in MODULES],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": RecordedBuild},
 )

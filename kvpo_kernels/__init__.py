@@ -1,5 +1,7 @@
 """Kernels for KVPO-style reinforcement learning of streaming autoregressive video generators."""
 
+__version__ = "0.1.0"  # the only place: pyproject.toml reads it
+
 from kvpo_kernels.doctor import explain as explain
 from kvpo_kernels.errors import BackendUnavailable as BackendUnavailable
 from kvpo_kernels.errors import KvpoError as KvpoError
@@ -37,3 +39,38 @@ from kvpo_kernels.ops.velocity_energy import (
 )
 from kvpo_kernels.ops.velocity_energy import velocity_gradient as velocity_gradient
 from kvpo_kernels.ops.velocity_energy import velocity_step_weights as velocity_step_weights
+
+__all__ = [
+    "BackendUnavailable",
+    "BranchPolicyLoss",
+    "ContrastiveObjective",
+    "EvictionPolicy",
+    "FramePool",
+    "HistoryRouting",
+    "KvpoError",
+    "RopeTable",
+    "RouteTable",
+    "RoutingPlan",
+    "Timeline",
+    "TopScored",
+    "TrajectoryEnergies",
+    "TveGrpoLoss",
+    "Window",
+    "__version__",
+    "anchor_advantages",
+    "branch_policy_loss",
+    "candidate_frames",
+    "explain",
+    "frame_attention_mass",
+    "fuse_advantages",
+    "plan_history_routing",
+    "qk_norm_rope",
+    "qk_norm_rope_write",
+    "quantize_frames",
+    "routed_attention",
+    "text_relevance",
+    "trajectory_velocity_energy",
+    "tve_grpo_loss",
+    "velocity_gradient",
+    "velocity_step_weights",
+]

@@ -1,10 +1,13 @@
 """What works on this machine, and why the rest does not: `python -m kvpo_kernels doctor`."""
 
+import argparse
 import importlib
 import importlib.util
+import json
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +15,7 @@ from typing import Any, Final
 
 import torch
 
-from kvpo_kernels import registry
+from kvpo_kernels import __version__, registry
 from kvpo_kernels.errors import ConfigError
 from kvpo_kernels.ops import (
     branch_policy_loss,
@@ -88,26 +91,73 @@ def _capability() -> tuple[int, int] | None:
     return torch.cuda.get_device_capability()
 
 
-def report() -> str:
-    """Versions, processor, GPU, native module, and a table of backends for each op, as text."""
-    lines = ["kvpo_kernels doctor", ""]
-    lines += [f"{name:14} {value}" for name, value in facts().items()]
+def verdicts() -> list[dict[str, Any]]:
+    """Every backend of every op for typical calls on the devices of this machine.
+
+    Returns:
+        Rows with `device`, `dtype`, `op`, `backend`, in order of preference within an op; `runs`;
+        `chosen`, whether a call that names no backend takes it; `reason` why it does not run, else
+        None.
+    """
+    rows = []
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for device in devices:
         dtypes = (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16,)
         for dtype in dtypes:
-            lines += ["", f"backends for {_dtype(dtype)} on {device}, in order of preference"]
             for op, module in OPS.items():
                 given = {"device": device, "dtype": dtype}
                 fields = module.Problem.__annotations__
                 reasons = explain(op, **{k: v for k, v in given.items() if k in fields})
-                taken = next((name for name, why in reasons.items() if why is None), None)
-                for i, (name, why) in enumerate(reasons.items()):
-                    verdict = (
-                        why if why is not None else "runs, chosen" if name == taken else "runs"
-                    )
-                    lines.append(f"  {op if i == 0 else '':20} {name:12} {verdict}")
+                asked = (registry.DEFAULT_BACKEND,) if registry.DEFAULT_BACKEND else reasons
+                taken = next((n for n in asked if reasons.get(n, "unknown") is None), None)
+                rows += [
+                    {
+                        "device": device,
+                        "dtype": _dtype(dtype),
+                        "op": op,
+                        "backend": name,
+                        "runs": why is None,
+                        "chosen": name == taken,
+                        "reason": why,
+                    }
+                    for name, why in reasons.items()
+                ]
+    return rows
+
+
+def report() -> str:
+    """Versions, processor, GPU, native module, and a table of backends for each op, as text."""
+    lines = ["kvpo_kernels doctor", ""]
+    lines += [f"{name:14} {value}" for name, value in facts().items()]
+    of, last = "", ""
+    for row in verdicts():
+        title = f"backends for {row['dtype']} on {row['device']}, in order of preference"
+        if title != of:
+            lines += ["", title]
+            of, last = title, ""
+        verdict = row["reason"] or ("runs, chosen" if row["chosen"] else "runs")
+        name = "" if row["op"] == last else row["op"]
+        lines.append(f"  {name:20} {row['backend']:12} {verdict}")
+        last = row["op"]
     return "\n".join(lines)
+
+
+def as_json() -> dict[str, Any]:
+    """The same for programs: `{"schema": 1, "facts": facts(), "backends": verdicts()}`."""
+    return {"schema": 1, "facts": facts(), "backends": verdicts()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the report; returns 0."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kvpo_kernels doctor",
+        description=__doc__,
+        epilog="example: python -m kvpo_kernels doctor --json > doctor.json",
+    )
+    parser.add_argument("--json", action="store_true", help="for programs; see docs/commands.md")
+    args = parser.parse_args(arguments)
+    print(json.dumps(as_json(), indent=1) if args.json else report())
+    return 0
 
 
 def processor() -> str:
@@ -123,10 +173,14 @@ def processor() -> str:
 def native() -> tuple[ModuleType | None, str]:
     """Return the native module and what it was built with, or None and why it is missing."""
     if why := registry.why_not_native("cpu"):
+        again = "`pip install --force-reinstall --no-deps` kvpo_kernels again"
+        if "KVPO_BUILD_NATIVE" in why:
+            return None, f"{why}. Without that, {again}"
+        if "for this Python" in why:
+            return None, f"{why}. With this Python, {again}"
         return None, (
             f"{why}: the kernels need a C++ compiler when kvpo_kernels is"
-            " installed. Install g++, then `pip install --force-reinstall --no-deps` kvpo_kernels"
-            " again"
+            f" installed. Install g++, then {again}"
         )
     module = importlib.import_module("kvpo_kernels._native")
     threads = "OpenMP" if module.WITH_OPENMP else "no OpenMP: kernels run on one thread"
@@ -137,7 +191,7 @@ def facts() -> dict[str, str]:
     """Versions, processor, native module and GPU of this process."""
     module, how = native()
     found = {
-        "kvpo_kernels": _version("kvpo_kernels"),
+        "kvpo_kernels": _own_version(),
         "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
         **{name: _version(name) for name in ("torch", "triton", "numpy")},
         "processor": f"{processor()}, {os.cpu_count()} logical cores",
@@ -146,8 +200,7 @@ def facts() -> dict[str, str]:
     }
     if module is not None:
         found["instructions"] = f"{module.isa()} chosen, compiled for {', '.join(module.ISAS)}"
-    built = "built" if registry.HAS_CUDA_KERNELS else "not built: there was no nvcc"
-    found["CUDA kernels"] = built
+    found["CUDA kernels"] = registry.why_not_cuda_module() or "built"
     found["GPU"] = _gpu()
     found["KVPO_BACKEND"] = registry.DEFAULT_BACKEND or "not set: each call takes the first"
     return found
@@ -159,6 +212,16 @@ def _gpu() -> str:
         return f"none that torch can use ({built})"
     major, minor = torch.cuda.get_device_capability()
     return f"{torch.cuda.get_device_name()}, sm_{major}{minor}, CUDA {torch.version.cuda}"
+
+
+def _own_version() -> str:
+    """Of the code that runs, which need not be what is installed beside it."""
+    installed = _version("kvpo_kernels")
+    if installed == __version__:
+        return __version__
+    if installed[0].isdigit():
+        installed = f"but {installed} is what pip installed"
+    return f"{__version__}, {installed} ({Path(__file__).parent})"
 
 
 def _version(package: str) -> str:

@@ -5,13 +5,16 @@ is, read the `BACKENDS` tuple of the op. A named backend never falls back to ano
 """
 
 import importlib
+import importlib.machinery
 import importlib.util
+import json
 import logging
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Generic, TypeVar
 
@@ -160,10 +163,40 @@ def _version_of(*distributions: str) -> str:
     return "none"
 
 
+def why_not_built(module: str, package: Path = Path(__file__).parent) -> str:
+    """Why `_native` or `_cuda` is not in the package, by what setup.py wrote into `_build.json`."""
+    text = f"the {'CUDA' if module == '_cuda' else 'native'} module is not built"
+    own = {module + suffix for suffix in importlib.machinery.EXTENSION_SUFFIXES}
+    found = {p.name for p in package.glob(f"{module}.*") if p.suffix in (".so", ".pyd")}
+    if others := sorted(found - own):
+        return f"{text} for this Python: there is {', '.join(others)}"
+    try:
+        build = json.loads((package / "_build.json").read_text(encoding="utf-8"))
+        asked, asked_cuda = build["KVPO_BUILD_NATIVE"], build["KVPO_BUILD_CUDA"]
+        compiler, nvcc = build["compiler"], build["nvcc"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return (
+            f"{text}, and nothing tells why; CMake needs -DKVPO_BUILD_CUDA=ON"
+            if module == "_cuda"
+            else text
+        )
+    if asked == "OFF":
+        return f"{text}: KVPO_BUILD_NATIVE was OFF"
+    if module == "_cuda" and asked_cuda == "OFF":
+        return f"{text}: KVPO_BUILD_CUDA was OFF"
+    if not compiler:
+        return f"{text}: there was no C++ compiler"
+    if module == "_cuda" and not nvcc:
+        return f"{text}: there was no nvcc"
+    return f"{text}, or was removed"
+
+
 # Facts about this process, fixed at import. Constants, not cached functions: torch.compile ignores
 # the cache and would trace the look-up.
 HAS_NATIVE: Final = importlib.util.find_spec("kvpo_kernels._native") is not None
 HAS_CUDA_KERNELS: Final = importlib.util.find_spec("kvpo_kernels._cuda") is not None
+WHY_NO_NATIVE: Final = why_not_built("_native")
+WHY_NO_CUDA_KERNELS: Final = why_not_built("_cuda")
 HAS_TRITON: Final = importlib.util.find_spec("triton") is not None
 TRITON_VERSION: Final = _version_of("triton", "pytorch-triton", "pytorch-triton-rocm")
 HAS_FLASH_ATTN: Final = importlib.util.find_spec("flash_attn") is not None
@@ -176,22 +209,40 @@ def why_not_native(device: str) -> str | None:
     if device != "cpu":
         return f"takes cpu tensors, got {device}"
     if not HAS_NATIVE:
-        return "the native module is not built"
-    if not _LOADED and not torch.compiler.is_compiling():
-        _LOADED.append(_load_native())
-    return _LOADED[0] if _LOADED else None
+        return WHY_NO_NATIVE
+    return _why_not_loaded("_native")
 
 
-def _load_native() -> str | None:
+def why_not_cuda(device: str) -> str | None:
+    """Why no CUDA C++ kernel can run on the device."""
+    if not HAS_CUDA_KERNELS:
+        return WHY_NO_CUDA_KERNELS
+    if device != "cuda" or torch.version.hip is not None:
+        return f"takes tensors of an NVIDIA GPU, got {device}"
+    return why_not_cuda_module()
+
+
+def why_not_cuda_module() -> str | None:
+    """Why the CUDA module is not there, GPU or not."""
+    return _why_not_loaded("_cuda") if HAS_CUDA_KERNELS else WHY_NO_CUDA_KERNELS
+
+
+def _why_not_loaded(module: str) -> str | None:
+    if module not in _LOADED and not torch.compiler.is_compiling():
+        _LOADED[module] = _load(module)
+    return _LOADED.get(module)
+
+
+def _load(module: str) -> str | None:
     try:
-        importlib.import_module("kvpo_kernels._native")
-    except ImportError as error:  # built for another Python or C++ library
-        return f"the native module does not load: {error}"
+        importlib.import_module(f"kvpo_kernels.{module}")
+    except ImportError as error:  # built for another Python, C++ library or processor
+        return f"the {'CUDA' if module == '_cuda' else 'native'} module does not load: {error}"
     return None
 
 
-_LOADED: Final[list[str | None]] = []
-"""Why the native module does not load, None where it does; empty before the first call."""
+_LOADED: Final[dict[str, str | None]] = {}
+"""Why a compiled module does not load, None where it does; empty before the first call."""
 
 
 def why_not_triton(device: str) -> str | None:

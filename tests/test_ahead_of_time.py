@@ -71,7 +71,7 @@ def test_kernels_compile_without_spills(target: str) -> None:
             assert r["wgmma"] == 2 * PRODUCTS[r["kernel"]](r["head_size"] // 16), r
 
 
-@pytest.mark.skipif(not registry.HAS_CUDA_KERNELS, reason="no nvcc where this was installed")
+@pytest.mark.skipif(not registry.HAS_CUDA_KERNELS, reason=registry.WHY_NO_CUDA_KERNELS)
 def test_cuda_kernels_do_not_spill() -> None:
     spec = importlib.util.find_spec("kvpo_kernels._cuda")
     assert spec is not None and spec.origin is not None

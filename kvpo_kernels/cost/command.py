@@ -174,12 +174,17 @@ def table(run: Run, result: dict[str, Any], limit: float | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the plan of a run; returns 1 where it does not fit."""
-    parser = argparse.ArgumentParser(prog="python -m kvpo_kernels plan", description=__doc__)
-    parser.add_argument("--model", choices=SIZES, default="wan-1.3b")
+    parser = argparse.ArgumentParser(
+        prog="python -m kvpo_kernels plan",
+        description=__doc__,
+        epilog="example: python -m kvpo_kernels plan --model wan-14b --gpus 8 --memory 80;"
+        " the exit status is 1 where it does not fit into --memory",
+    )
+    parser.add_argument("--model", choices=SIZES, default="wan-1.3b", help="wan-1.3b")
     for field in ("layers", "dim", "heads", "ffn"):
         parser.add_argument(f"--{field}", type=int, help="instead of the model's")
     parser.add_argument("--grid", help="rows x columns of tokens of a frame, such as 30x52")
-    parser.add_argument("--branches", type=int, default=8)
+    parser.add_argument("--branches", type=int, default=8, help="of one prompt; 8")
     parser.add_argument("--frames", type=int, default=147, help="latent frames of a video")
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--memory", type=float, help="GiB per GPU: says whether it fits")
@@ -192,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rates", type=Path, help="JSON of `python -m kvpo_kernels bench`")
     for name in H200.origin:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, help="instead of the H200's")
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--json", action="store_true", help="bytes, operations, seconds; as JSON")
     args = parser.parse_args(arguments)
     try:
         run = Run(

@@ -70,10 +70,8 @@ class TveGrpoLoss(BranchPolicyLoss):
 
 
 def _why_not_cuda(p: Problem) -> str | None:
-    if not registry.HAS_CUDA_KERNELS:
-        return "the CUDA module is not built: there was no nvcc"
-    if p.device != "cuda" or torch.version.hip is not None:
-        return f"takes tensors of an NVIDIA GPU, got {p.device}"
+    if why := registry.why_not_cuda(p.device):
+        return why
     if p.dtype not in (torch.float32, torch.bfloat16):
         return f"takes float32 and bfloat16, got {p.dtype}"
     return None

@@ -31,7 +31,7 @@ def make(shape: tuple[int, ...], dtype: torch.dtype) -> Inputs:
 @each_shape
 def test_as_the_reference(shape: tuple[int, ...], backend: str, dtype: torch.dtype) -> None:
     if backend == "cuda" and not registry.HAS_CUDA_KERNELS:
-        pytest.skip("no nvcc where this was installed")
+        pytest.skip(registry.WHY_NO_CUDA_KERNELS)
     pred, *rest = make(shape, dtype)
     expected = tve_grpo_loss(
         pred.double().requires_grad_(),
@@ -61,7 +61,7 @@ def test_bits_repeat_and_ratios_are_one(
     shape: tuple[int, ...], backend: str, dtype: torch.dtype
 ) -> None:
     if backend == "cuda" and not registry.HAS_CUDA_KERNELS:
-        pytest.skip("no nvcc where this was installed")
+        pytest.skip(registry.WHY_NO_CUDA_KERNELS)
     pred, *rest = (t.cuda() for t in make(shape, dtype))
     pred.requires_grad_()
     first = tve_grpo_loss(pred, *rest, backend=backend)
@@ -122,7 +122,7 @@ def test_a_branch_that_is_not_finite() -> None:
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_on_another_stream_and_device(backend: str) -> None:
     if backend == "cuda" and not registry.HAS_CUDA_KERNELS:
-        pytest.skip("no nvcc where this was installed")
+        pytest.skip(registry.WHY_NO_CUDA_KERNELS)
     inputs = make(SHAPES[1], torch.bfloat16)
     results = []
     for device in {0, torch.cuda.device_count() - 1}:

@@ -3,6 +3,10 @@
 import base64
 import io
 import re
+import subprocess
+from dataclasses import dataclass, replace
+from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from kvpo_trainer.rewards import HEADS, RewardModel
 from kvpo_trainer.update import KvpoConfig, StepResult, Trainer
 from PIL import Image
 
-from kvpo_kernels import HistoryRouting
+from kvpo_kernels import HistoryRouting, __version__
 
 PROMPTS = [
     Prompt(3, "left", "slowly", "up"),
@@ -35,6 +39,12 @@ METRICS = [
     {"step": s, **{f"{k}_{w}": 0.1 * s for k in (*HEADS, "reward") for w in ("branches", "anchor")}}
     for s in range(1, 9)
 ]
+
+
+def pixels(element: str) -> np.ndarray:
+    (data,) = re.findall(r"base64,([^']*)'", element)
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        return np.array(image)
 
 
 @pytest.fixture
@@ -57,11 +67,14 @@ def test_the_page(result: StepResult) -> None:
         assert f"{0.01 * (i + 1):+.4f}" in page
     for prompt in PROMPTS:
         assert prompt.text in page
-    gifs = [base64.b64decode(s.split(",")[1]) for s in sources if s.startswith("data:image/gif")]
-    assert len(gifs) == 2 * len(PROMPTS)
-    for gif in gifs:
-        with Image.open(io.BytesIO(gif)) as image:
-            assert image.n_frames == DataConfig().frames
+    films = [element for element in re.findall(r"<img [^>]*>", page) if "class=film" in element]
+    assert len(films) == 2 * len(PROMPTS)
+    for i, element in enumerate(films):
+        e, prompt = (before, after)[i % 2], PROMPTS[i // 2]
+        assert f"{('before', 'after')[i % 2]} training: “{prompt.text}”" in element
+        frames = np.hstack(list(report.frames_of(e.videos[i // 2])))
+        assert (pixels(element) == frames).all()  # all of them, bit for bit
+    assert len(page.encode()) < 500_000
     for branch in range(3):
         assert f"branch {branch}" in page
     assert "anchor" in page
@@ -84,6 +97,149 @@ def test_frames_attended_are_those_of_the_routing(generator: Generator, nearest:
         routed = set() if row == 3 else set(plan.attended[row])
         assert len(colours) == fork
         assert seen == {0, 1, 2, *routed, *range(fork - local, fork)}
+
+
+def test_what_a_reader_and_a_machine_need(result: StepResult) -> None:
+    same = evaluation(0.0)
+    facts = {"weights": "0123abcd"}
+    page = report.render("t", "", facts, METRICS, same, same, PROMPTS, result)
+    assert re.match("<!doctype html><html lang=en><head><meta charset=utf-8>", page)
+    assert "<meta name=viewport content='width=device-width, initial-scale=1'>" in page
+    assert "prefers-color-scheme:dark" in page and "prefers-reduced-motion:reduce" in page
+    assert "image/gif" not in page and "0123abcd" in page
+    assert f"kvpo_kernels {__version__}, commit {report.commit()}" in page
+    assert re.search(r"<dt>date<dd>20\d\d-\d\d-\d\d \d\d:\d\d UTC", page)
+    images = re.findall(r"<img [^>]*>", page)
+    alts = [re.findall(r"alt='([^']+)'", image) for image in images]
+    assert len(images) == 2 * len(PROMPTS) + 4 and all(len(a) == 1 for a in alts)
+    assert len({a for (a,) in alts}) == len(images)  # each says what it alone shows
+    assert page.count("<table>") == page.count("class='scroll ") == 2
+    for picture in re.findall(r"<svg [^>]*viewBox[^>]*>", page):
+        assert re.search("role=img aria-label='(VQ|MQ|TA|Reward): branches from ", picture)
+    parser = Tags()
+    parser.feed(page)
+    assert parser.open == [] and len(parser.ids) == len(set(parser.ids)) == 4
+    assert parser.targets <= set(parser.ids)
+
+
+class Tags(HTMLParser):
+    """Elements that are left open, ids, and what labels point to."""
+
+    FREE = ("meta", "img", "input", "br", "tr", "td", "th", "dt", "dd")  # need no end
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.targets: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag not in self.FREE:
+            self.open.append(tag)
+        self.ids += filter(None, [values.get("id")])
+        self.targets |= set(filter(None, [values.get("for")]))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in ("rect", "path")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_strips_show_what_differs(result: StepResult) -> None:
+    chunk = result.rollout.chunk[0]
+    videos, anchor = chunk[:-1], chunk[-1]
+    gain = report.difference_gain(videos, anchor)
+    assert 1 <= gain <= 8
+    with Image.open(io.BytesIO(report.differences(anchor, anchor, gain))) as image:
+        same = np.array(image)
+    assert (same[..., 0] == same[..., 2]).all() and same.min() >= 63  # grey, and nowhere black
+    video = anchor.clone()
+    video[0, 2, 3], anchor[0, 2, 3] = 1, -1
+    video[3, 4, 5], anchor[3, 4, 5] = -1, 1
+    with Image.open(io.BytesIO(report.differences(video, anchor, 1.0))) as image:
+        shown = np.array(image)
+    width = anchor.shape[2]
+    assert shown.shape[:2] == (width, (width + 1) * len(anchor[::3]) - 1)
+    assert shown[2, 3].tolist() == [255, 128, 0]  # orange: only the video's
+    assert shown[4, width + 1 + 5].tolist() == [0, 128, 255]  # blue: only the anchor's
+
+
+def test_difference_gain() -> None:
+    anchor = torch.zeros(6, 8, 8)
+    shifted = lambda by: (anchor + by).expand(3, -1, -1, -1)
+    assert report.difference_gain(shifted(0.0), anchor) == 8
+    assert report.difference_gain(shifted(0.5), anchor) == pytest.approx(4)
+    assert report.difference_gain(shifted(5.0), anchor) == 1
+
+
+def test_hostile_text_is_spelled_out() -> None:
+    same = evaluation(0.0)
+    odd = "a\x00\x1b[31m \u202eevil\u2028 \ud800 ' \" <img src=x onerror=alert(1)>"
+    prompts = [Text(odd), Text("long " * 10_000), Text("")]
+    page = report.render(odd, odd, {odd: odd}, METRICS, same, same, prompts, None)  # type: ignore[arg-type]
+    page.encode()  # a lone surrogate cannot be
+    assert not set("\x00\x1b\u202e\u2028\ud800") & set(page)
+    assert "\\x1b[31m \\u202eevil" in page and "<img src=x" not in page
+    assert "long " * 61 not in page and "(50000 characters)" in page
+
+
+@dataclass
+class Text:
+    text: str
+
+
+def test_metrics_that_are_damaged_or_not_finite() -> None:
+    same = evaluation(0.0)
+    rows = [*METRICS, {"step": 9}, {**METRICS[0], "vq_branches": None}, {}]
+    page = report.render("t", "", {}, rows, same, same, PROMPTS, None)
+    assert page.count("viewBox") == 4
+    rows = [{**row, "vq_branches": "nan", "vq_anchor": "inf"} for row in METRICS]
+    page = report.render("t", "", {}, rows, same, same, PROMPTS, None)
+    assert page.count("viewBox") == 3 and "VQ: branches never finite" in page
+    one = report.render("t", "", {}, METRICS[:1], same, same, PROMPTS, None)
+    assert one.count("viewBox") == 4
+    for path in re.findall(r"d='([^']*)'", page + one):
+        assert not re.search("nan|inf", path), path
+
+
+@pytest.mark.parametrize(("canvas", "films"), [(16, 6), (48, 4), (130, 4)])
+def test_the_page_stays_small(canvas: int, films: int, result: StepResult) -> None:
+    """Even for noise, which no encoder makes smaller, of any resolution."""
+    noise = lambda *shape: torch.rand(*shape, canvas, canvas) * 2 - 1
+    large = Evaluation(noise(3, 57), evaluation(0.0).scores)
+    _, rows, frames = result.rollout.chunk.shape[:3]
+    chunk = noise(1, rows, frames)
+    last = replace(result, rollout=replace(result.rollout, chunk=chunk))
+    page = report.render("t", "", {}, METRICS, large, large, PROMPTS, last)
+    assert len(page.encode()) < 500_000
+    assert page.count("class=film") == films
+    assert ("means of" in page) == (canvas > 32)
+
+
+def test_coarse() -> None:
+    video = torch.arange(2 * 8 * 6.0).view(2, 8, 6)
+    assert report.coarse(video, 8) is video
+    assert torch.equal(report.coarse(video, 4)[1, 2, 1], video[1, 4:6, 2:4].mean())
+
+
+def test_commit_is_the_codes_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of a repository the package is merely installed into."""
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    for words in (["init", "-q"], ["commit", "-qm", "x", "--allow-empty"]):
+        subprocess.run([*git, *words], check=True)
+    here = tmp_path / "report.py"
+    here.touch()
+    monkeypatch.setattr(report, "__file__", str(here))
+    assert report.commit() == "unknown"
+    subprocess.run([*git, "add", "report.py"], check=True)
+    subprocess.run([*git, "commit", "-qm", "y"], check=True)
+    assert re.fullmatch("[0-9a-f]{12}", report.commit())
+    here.write_text("# changed")
+    assert re.fullmatch("[0-9a-f]{12} with local changes", report.commit())
+    monkeypatch.setenv("PATH", "")
+    assert report.commit() == "unknown"
 
 
 def test_a_page_without_training() -> None:
