@@ -19,7 +19,7 @@ x2.50 beside a baseline: its median time is 2.50 times the median of ours, over 
 which all candidates of a case take turns. Beside "peak", "copy" or "read" stands the share that
 ours reaches of that bound. `--list` explains the cases and the baselines.
 
-example: kvpo-kernels bench --quick --op tve_grpo --out records.json
+example: python -m kvpo_kernels bench --quick --op tve_grpo --out records.json
 """
 
 
