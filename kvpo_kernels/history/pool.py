@@ -143,7 +143,9 @@ class FramePool:
         with self._ledger.lock:
             return Timeline(self, Held({}, backward_now()), 0, 0)
 
-    def routes(self, rows: Iterable[Iterable[Slot]], allow_duplicates: bool = False) -> RouteTable:
+    def routes(
+        self, slot_lists: Iterable[Iterable[Slot]], allow_duplicates: bool = False
+    ) -> RouteTable:
         """A table over this pool that keeps its frames alive and unchanged while it lives.
 
         A backward over it may run at any later time, whatever is written, with one exception: a
@@ -152,7 +154,7 @@ class FramePool:
         forward, `update` goes unnoticed.
 
         Args:
-            rows: per row its slots: `Timeline.window`, `Timeline.routed`, sums and slices of
+            slot_lists: per row its slots: `Timeline.window`, `Timeline.routed`, sums and slices of
                 these, or lists of `Timeline.slot`. `RouteTable.update` of the table takes such rows
                 as well. For plain numbers, over other pools, make a `RouteTable`.
             allow_duplicates: accept a slot twice in a row.
@@ -164,7 +166,7 @@ class FramePool:
             GradientError: in a backward, which under activation checkpointing runs the forward
                 again: the timelines may have moved on. Make it outside and hand it in.
         """
-        return PoolTable(self, rows, allow_duplicates)
+        return PoolTable(self, slot_lists, allow_duplicates)
 
     def prepare_write(
         self, timelines: Sequence["Timeline"], first_frame: int, num_frames: int

@@ -28,7 +28,7 @@ class PoolTable(RouteTable):
     """Of `FramePool.routes`."""
 
     def __init__(
-        self, pool: "FramePool", rows: Iterable[Iterable[Slot]], allow_duplicates: bool
+        self, pool: "FramePool", slot_lists: Iterable[Iterable[Slot]], allow_duplicates: bool
     ) -> None:
         self.pool = pool
         self.memory = pool._pages.memory
@@ -37,7 +37,7 @@ class PoolTable(RouteTable):
         self.handed: dict[int, int] = {}
         """Slots that `FramePool.advance` has given to new frames, and their generations then."""
         with pool._ledger.lock:  # what is checked is what is held
-            super().__init__(rows, pool.num_slots, pool.device, allow_duplicates)
+            super().__init__(slot_lists, pool.num_slots, pool.device, allow_duplicates)
         # The tensor has it too, for a compiled graph saves nothing else of the table.
         self.slots.kvpo_hold = self.hold  # type: ignore[attr-defined]
         dropped = pool._ledger.dropped_tables

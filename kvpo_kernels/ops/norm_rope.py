@@ -161,7 +161,7 @@ def qk_norm_rope_write(
         Nothing is written then.
     """
     cos, sin, name = _prepare(q, k, q_weight, k_weight, rope, first_frame, grid, eps, backend)
-    named = slots if isinstance(slots, Tensor) else slots.for_kernels()
+    named = slots.for_kernels() if isinstance(slots, PreparedSlots) else slots
     _check_write(q, k, v, k_pool, v_pool, named, grid, k_scales, v_scales)
     if not torch.compiler.is_compiling():
         _check_whose(slots, k_pool, v_pool, k_scales, v_scales)

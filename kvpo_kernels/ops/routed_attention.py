@@ -432,12 +432,13 @@ class _RoutedAttention(torch.autograd.Function):
             k_pool, v_pool, slots, k_scales, v_scales = ctx.constants
             _check_versions(ctx.constants, ctx.versions)
             saved = (q, k_pool, v_pool, slots, k_live, v_live, k_scales, v_scales, out, lse)
-            if not torch._C._autograd._get_current_graph_task_keep_graph():
+            if not (torch.compiler.is_compiling() or _graph_is_kept()):
                 ctx.constants = ()  # with what was saved: the frames are free from now on
         grad_q, grad_k, grad_v = _backward(grad_out, *saved, ctx.scale, ctx.backend)
         return grad_q, None, None, None, grad_k, grad_v, None, None, None, None
 
 
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
 _CONSTANTS = ("k_pool", "v_pool", "table.slots", "k_scales", "v_scales")
 
 
