@@ -69,7 +69,7 @@ class Layer:
         self.slots = self.pool.prepare_write(rows, SINK + LOCAL, 3)
         history = [row.window(SINK, LOCAL) for row in rows]
         self.table = self.pool.routes(history)
-        own = [old + new for old, new in zip(history, self.slots.tolist(), strict=True)]
+        own = [old + new for old, new in zip(history, self.slots, strict=True)]
         self.with_block = RouteTable(own, self.pool.num_slots, p.device)
         self.rows = rows
 

@@ -20,6 +20,7 @@ from kvpo_kernels import (
     FramePool,
     RopeTable,
     RouteTable,
+    Slots,
     Timeline,
     TrajectoryEnergies,
     branch_policy_loss,
@@ -34,7 +35,7 @@ from kvpo_kernels.cost.iteration import LOCAL, SINK
 class Context:
     """What the rows of a block attend to besides it."""
 
-    slots: list[list[int]]
+    slots: list[Slots]
     table: RouteTable
 
 

@@ -39,8 +39,13 @@ class PoolError(KvpoError, RuntimeError):
     """The frame pool cannot do what was asked: no free slot, or a released timeline."""
 
 
+class FrameError(PoolError, ValueError):
+    """A frame that is not there: evicted, offloaded, not yet written; or a slot that has come to
+    be another frame's."""
+
+
 class GradientError(KvpoError, RuntimeError):
-    """A gradient was asked of what has none."""
+    """A gradient was asked of what has none, or a backward found what it needs changed."""
 
 
 class ConstantError(GradientError, ShapeError):

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from kvpo_kernels import FramePool, Timeline, plan_history_routing
+from kvpo_kernels import FramePool, Slots, Timeline, plan_history_routing
 from kvpo_kernels.__main__ import main
 from kvpo_kernels.cost.iteration import CACHE, LOCAL, SINK, Run, forward, memory, phases
 from kvpo_kernels.cost.sizes import SIZES, GeneratorSize
@@ -148,7 +148,7 @@ def test_history_is_the_peak_of_a_pool_that_is_driven_so(branches: int) -> None:
         plan = plan_history_routing(run.routing, run.frames, start_frame=start)
         window = lambda first: {*range(SINK), *range(first + 3 - LOCAL, first)}
 
-        def block(rows: list[Timeline], first: int, slots: list[list[int]], keep: set[int]) -> None:
+        def block(rows: list[Timeline], first: int, slots: list[Slots], keep: set[int]) -> None:
             _, new = pool.advance(rows, 3, keep, pool.routes(slots))
             frames = torch.full((len(rows), 3, 1, 1, 16), float(first))
             pool.write(0, new, frames, frames)

@@ -248,7 +248,10 @@ def test_context_pass_writes_quantized_frames(page: torch.dtype) -> None:
     grid, pool = (2, 2, 4), pool_of(page)
     q, k, v = torch.randn(3, 1, 16, 2, 16)
     weight, rope = torch.randn(32), RopeTable(16)
-    slots = torch.tensor([[7, 3]])
+    videos = [pool.timeline() for _ in range(3)]
+    for video in videos:
+        video.append(2)
+    slots = pool.prepare_write(videos[1:2], 0, 2)
     with torch.no_grad():
         new_q = qk_norm_rope_write(
             *(q, k, v, weight, weight, rope, 5),
@@ -266,9 +269,9 @@ def test_context_pass_writes_quantized_frames(page: torch.dtype) -> None:
         (pool.v(1), pool.v_scales(1), v),
     ):
         pages, own = quantize_frames(x.reshape(2, 8, 2, 16), page)
-        assert torch.equal(view.float()[slots[0]], pages.float())
-        assert torch.equal(scales[slots[0]], own)
-    untouched = [s for s in range(12) if s not in (3, 7)]
+        assert torch.equal(view.float()[slots.tensor[0]], pages.float())
+        assert torch.equal(scales[slots.tensor[0]], own)
+    untouched = [s for s in range(12) if s not in slots[0]]
     assert not pool.k(1).float()[untouched].any() and (pool.k_scales(1)[untouched] == 1).all()
 
 

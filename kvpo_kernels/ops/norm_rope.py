@@ -18,6 +18,7 @@ from kvpo_kernels.errors import (
     GradientError,
     ShapeError,
 )
+from kvpo_kernels.history.slots import PreparedSlots, pool_of
 from kvpo_kernels.ops.store_frames import (
     check_scales,
     check_slots,
@@ -241,7 +242,7 @@ def qk_norm_rope_write(
     grid: tuple[int, int, int],
     k_pool: Tensor,
     v_pool: Tensor,
-    slots: Tensor,
+    slots: PreparedSlots | Tensor,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
     eps: float = 1e-6,
@@ -255,20 +256,29 @@ def qk_norm_rope_write(
         k_pool, v_pool: `[F, T, Hkv, D]`, T = height * width, with a contiguous last axis. Where
             they are quantized, k' and v are rounded as by `quantize_frames`.
         k_scales, v_scales: `[F, Hkv]` float32, of quantized pools, written as well.
-        slots: int64 `[B, frames]` on the host, all different: `FramePool.prepare_write`. The caller
-            then records the write with `FramePool.mark_written`.
+        slots: `[B, frames]` of `FramePool.prepare_write` or `advance`, for views of that pool: they
+            are checked as by `FramePool.write`, and the caller then records the write with
+            `FramePool.mark_written`. For pools that are no FramePool's, int64 `[B, frames]` on the
+            host, all different. A compiled graph cannot check whose frames they are;
+            `mark_written` still does.
 
     Returns:
         q' `[B, N, H, D]`.
 
     Raises:
-        As `qk_norm_rope`; ShapeError also for a slot outside the pool or named twice, and for keys
-        or values that lie in the pool.
+        As `qk_norm_rope`; ShapeError also for a slot outside the pool or named twice, and for
+        queries, keys or values that lie in the pool.
+        DtypeError: plain numbers for slots of a FramePool.
+        PoolError: a slot that is no longer its timeline's alone, or another frame's.
         GradientError: in grad mode an input requires grad; this op has no backward.
         Nothing is written then.
     """
     cos, sin, name = _prepare(q, k, q_weight, k_weight, rope, first_frame, grid, eps, backend)
-    _check_write(q, k, v, k_pool, v_pool, slots, grid, k_scales, v_scales)
+    named = slots.tensor if isinstance(slots, PreparedSlots) else slots
+    _check_write(q, k, v, k_pool, v_pool, named, grid, k_scales, v_scales)
+    if not torch.compiler.is_compiling():
+        _check_whose(slots, k_pool, v_pool, k_scales, v_scales)
+    slots = named
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, q_weight, k_weight)):
         raise GradientError("qk_norm_rope_write has no backward: call it under torch.no_grad()")
     if k_scales is not None:  # a scale needs the whole frame first
@@ -358,11 +368,30 @@ def _check_write(
             f"v_pool must be {list(k_pool.shape)} like k_pool, got {list(v_pool.shape)}"
         )
     if not torch.compiler.is_compiling():  # a compiled graph reads before it writes
-        for name, tensor in (("k", k), ("v", v)):
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
             for pool_name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
                 if _meet(tensor, pool):
                     raise ShapeError(f"{name} lies in {pool_name}, which is written to: clone it")
     check_slots(slots, [q.shape[0], grid[0]], k_pool.shape[0])
+
+
+def _check_whose(
+    slots: PreparedSlots | Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+) -> None:
+    """Slots of a FramePool must know whose they are."""
+    if isinstance(slots, PreparedSlots):
+        slots.check(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
+        return
+    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+        if pool_of(pool) is not None:
+            raise DtypeError(
+                f"{name} is of a FramePool: slots must be of its `prepare_write` or `advance`, got"
+                " a tensor, which does not say whose frames it means"
+            )
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:

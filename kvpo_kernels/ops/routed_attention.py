@@ -14,7 +14,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvpo_kernels import registry
-from kvpo_kernels.errors import BackendUnavailable, ConfigError, DtypeError, ShapeError
+from kvpo_kernels.errors import (
+    BackendUnavailable,
+    ConfigError,
+    DtypeError,
+    GradientError,
+    ShapeError,
+)
 from kvpo_kernels.history.route_table import RouteTable, has_no_memory
 from kvpo_kernels.ops.store_frames import check_scales, why_not_page
 from kvpo_kernels.registry import Backend
@@ -189,6 +195,10 @@ def routed_attention(
             memory; where a gradient is needed, a table whose slots `FramePool.advance` handed on.
         DtypeError: a dtype or device differs from that of `q`, or is not supported.
         ConfigError: `scale` is not finite.
+        FrameError: a table whose frames `FramePool.advance` handed on, once this layer of the new
+            ones is written.
+        GradientError: from a backward: pool, scales or table have been written to since. From a
+            forward that needs one: they were made in inference mode, which counts no writes.
         BackendUnavailable: no backend, or not the named one, can run the call; says why for each.
 
     Source: the routed local window of KVPO (arXiv:2605.14278); online softmax as in Milakov and
@@ -221,6 +231,7 @@ def routed_attention(
             q, k_pool, v_pool, table.slots, k_live, v_live, k_scales, v_scales, scale, chosen
         )
     else:
+        table.check_frames(k_pool)
         out, lse = _forward(
             q, k_pool, v_pool, table.slots, k_live, v_live, k_scales, v_scales, scale, chosen
         )
@@ -397,15 +408,54 @@ class _RoutedAttention(torch.autograd.Function):
     ):
         inputs = (q, k_pool, v_pool, slots, k_live, v_live, k_scales, v_scales)
         out, lse = _forward(*inputs, scale, backend)
-        # Saving `slots` also keeps the table's frames from being rewritten: the pool holds them
-        # for as long as the tensor lives.
-        ctx.save_for_backward(*inputs, out, lse)
         ctx.scale, ctx.backend = scale, backend
         ctx.mark_non_differentiable(lse)
+        if torch.compiler.is_compiling():  # what a graph saves is the compiler's choice
+            ctx.constants = None
+            ctx.save_for_backward(*inputs, out, lse)
+            return out, lse
+        # A saved-tensor hook is for activations: it must not take a whole pool for one, and what it
+        # hands back for `slots` would not hold the table's frames, as the tensor itself does.
+        ctx.constants = (k_pool, v_pool, slots, k_scales, v_scales)
+        ctx.versions = _versions(ctx.constants)
+        ctx.save_for_backward(q, k_live, v_live, out, lse)
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, _grad_lse):  # type: ignore[no-untyped-def]
-        grad_q, grad_k, grad_v = _backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.backend)
+        if ctx.constants is None:
+            saved = ctx.saved_tensors
+        else:
+            q, k_live, v_live, out, lse = ctx.saved_tensors
+            k_pool, v_pool, slots, k_scales, v_scales = ctx.constants
+            _check_versions(ctx.constants, ctx.versions)
+            saved = (q, k_pool, v_pool, slots, k_live, v_live, k_scales, v_scales, out, lse)
+            if not (torch.compiler.is_compiling() or _graph_is_kept()):
+                ctx.constants = ()  # with what was saved: the frames are free from now on
+        grad_q, grad_k, grad_v = _backward(grad_out, *saved, ctx.scale, ctx.backend)
         return grad_q, None, None, None, grad_k, grad_v, None, None, None, None
+
+
+_graph_is_kept = torch._C._autograd._get_current_graph_task_keep_graph
+_CONSTANTS = ("k_pool", "v_pool", "table.slots", "k_scales", "v_scales")
+
+
+def _versions(constants: tuple[Tensor | None, ...]) -> list[int | None]:
+    for name, tensor in zip(_CONSTANTS, constants, strict=True):
+        if tensor is not None and tensor.is_inference():
+            raise GradientError(
+                f"{name} was made in inference mode, which counts no writes: a backward could not"
+                " tell whether it has changed. Make it outside, or clone it there"
+            )
+    return [None if t is None else t._version for t in constants]
+
+
+def _check_versions(constants: tuple[Tensor | None, ...], versions: list[int | None]) -> None:
+    """As autograd does for what it saves."""
+    for name, tensor, version in zip(_CONSTANTS, constants, versions, strict=True):
+        if tensor is not None and tensor._version != version:
+            raise GradientError(
+                f"{name} has been modified by an inplace operation since the forward (version"
+                f" {tensor._version}, was {version}): no backward can run over it"
+            )

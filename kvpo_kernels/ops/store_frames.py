@@ -148,6 +148,8 @@ def check_slots(slots: Tensor, shape: list[int], num_slots: int) -> None:
     Raises:
         ShapeError, DtypeError: naming the branch, the frame and the slot.
     """
+    if not isinstance(slots, Tensor):
+        raise DtypeError(f"slots must be a tensor or of `prepare_write`, got {slots!r}")
     if slots.dtype is not torch.int64 or slots.device.type != "cpu":
         raise DtypeError(f"slots must be int64 on the cpu, got {slots.dtype} on {slots.device}")
     if list(slots.shape) != shape:

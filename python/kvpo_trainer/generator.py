@@ -19,7 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvpo_kernels import FramePool, RopeTable, RouteTable, qk_norm_rope, routed_attention
+from kvpo_kernels import (
+    FramePool,
+    PreparedSlots,
+    RopeTable,
+    RouteTable,
+    qk_norm_rope,
+    routed_attention,
+)
 from kvpo_trainer.data import PROMPT_WORDS, WORDS, DataConfig
 
 
@@ -156,7 +163,7 @@ class Generator(nn.Module):
         first_frame: int,
         pool: FramePool,
         table: RouteTable,
-        write_slots: Tensor | None = None,
+        write_slots: PreparedSlots | None = None,
     ) -> Tensor:
         """Velocity of one block, its history read from the pool.
 
@@ -166,7 +173,7 @@ class Generator(nn.Module):
             text: `[B, 8, M]`, of `encode_text`.
             first_frame: absolute index of the block's first frame.
             table: the frames each row attends to besides its block.
-            write_slots: int64 `[B, block_frames]`, of `FramePool.prepare_write` or `advance`: the
+            write_slots: `[B, block_frames]`, of `FramePool.prepare_write` or `advance`: the
                 context pass, which writes the block's keys and values there and predicts nothing.
 
         Returns:

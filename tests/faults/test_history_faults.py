@@ -8,7 +8,7 @@ import torch
 
 from kvpo_kernels import FramePool, RouteTable, Timeline, qk_norm_rope_write, routed_attention
 from kvpo_kernels import RopeTable as Rope
-from kvpo_kernels.errors import DtypeError, PoolError, ShapeError
+from kvpo_kernels.errors import DtypeError, FrameError, PoolError, ShapeError
 
 LAYERS, TOKENS, HEADS, D = 2, 4, 2, 16
 
@@ -36,16 +36,32 @@ def unchanged(pool: FramePool, video: Timeline, call: Callable[[], object], erro
 @pytest.mark.parametrize(
     ("rows", "match"),
     [
-        ([[0], [1, 12]], r"route\[branch=1, slot=1\] = 12 not in \[0, 12\)"),
-        ([[-2]], r"route\[branch=0, slot=0\] = -2 not in \[0, 12\)"),
-        ([[-1]], r"route\[branch=0, slot=0\] = -1 not in \[0, 12\)"),
-        ([[3, 3]], r"route\[branch=0, slot=1\] = 3 repeats slot=0"),
-        ([[0], [2, 9]], r"route\[branch=1, slot=1\] = 9: frame not resident: nothing holds"),
+        (lambda row: [[0, 1, 2]], r"route\[branch=0, slot=0\] must be a slot of `window`"),
+        (lambda row: [row, [row[0], 5]], r"route\[branch=1, slot=1\] must be a slot of `window`"),
+        (lambda row: [[row[0] + 1]], r"route\[branch=0, slot=0\] must be a slot of `window`"),
+        (lambda row: [row.tolist()], r"route\[branch=0, slot=0\] must be a slot of `window`"),
+        (lambda row: [[row]], r"route\[branch=0, slot=0\] must be a slot of `window`"),
+        (lambda row: torch.tensor([[0, 1]]), "routes takes a list of rows"),
+        (lambda row: row, "routes takes a list of rows"),
+        (lambda row: 3, "routes takes a list of rows"),
+        (lambda row: [torch.tensor([0, 1])], r"route\[branch=0\] must be a row of slots"),
+        (lambda row: [row, row[0]], r"route\[branch=1\] must be a row of slots"),
     ],
 )
-def test_routes_that_name_no_frame(rows: list[list[int]], match: str) -> None:
+def test_routes_take_slots_that_know_whose_they_are(rows: Callable, match: str) -> None:
+    """Frames, and slots as plain numbers, are no rows: another video's frame could be meant."""
     pool, video = make_pool()
-    unchanged(pool, video, lambda: pool.routes(rows), ShapeError, match)
+    given = rows(video.window(sink=0, local=3))
+    unchanged(pool, video, lambda: pool.routes(given), DtypeError, match)
+    table = pool.routes([video.window(0, 3)] * 2)
+    unchanged(pool, video, lambda: table.update(given), DtypeError, match)
+
+
+def test_a_route_that_names_a_slot_twice() -> None:
+    pool, video = make_pool()
+    row = [video.window(0, 1), video.routed(0, [3, 2, 3], 0)]
+    match = r"route\[branch=1, slot=2\] = 3 repeats slot=0"
+    unchanged(pool, video, lambda: pool.routes(row), ShapeError, match)
 
 
 def test_a_route_to_a_frame_still_being_written() -> None:
@@ -53,18 +69,18 @@ def test_a_route_to_a_frame_still_being_written() -> None:
     video.append(1)
     page = torch.ones(1, TOKENS, HEADS, D)
     video.write(0, 6, page, page)
-    slot = video._frames[6]
-    match = rf"route\[branch=0, slot=1\] = {slot}: frame not resident: layer 1 of 2"
-    unchanged(pool, video, lambda: pool.routes([[video.slot(0), slot]]), ShapeError, match)
+    slot = pool.prepare_write([video], 6, 1)[0]
+    match = rf"route\[branch=0, slot=1\] = {slot[0]}: frame not resident: layer 1 of 2"
+    unchanged(pool, video, lambda: pool.routes([[video.slot(0), *slot]]), FrameError, match)
 
 
 def test_an_evicted_frame_names_what_is_resident() -> None:
     pool, video = make_pool()
     video.evict(keep=[0, 4, 5])
     match = r"frame 2 was evicted; frames held: \[0, 5\] \(3 of them\)"
-    unchanged(pool, video, lambda: video.slot(2), ShapeError, match)
+    unchanged(pool, video, lambda: video.slot(2), FrameError, match)
     call = lambda: video.routed(sink=1, selected=[2], nearest=1)
-    unchanged(pool, video, call, ShapeError, match)
+    unchanged(pool, video, call, FrameError, match)
 
 
 @pytest.mark.parametrize("wrong", [[[0.0]], [[True]], torch.tensor([[0.5]])])
@@ -105,7 +121,7 @@ def test_writes_that_do_not_fit() -> None:
     ):
         call = lambda k=k, v=v, layer=layer: pool.write(layer, slots, k, v)
         unchanged(pool, video, call, error, match)
-    unchanged(pool, video, lambda: pool.prepare_write([video], 5, 2), ShapeError, "frame 6")
+    unchanged(pool, video, lambda: pool.prepare_write([video], 5, 2), FrameError, "frame 6")
     unchanged(pool, video, lambda: pool.prepare_write([video], 0, -1), ShapeError, "num_frames")
     _, other = make_pool()
     unchanged(
@@ -120,16 +136,14 @@ def test_slots_that_nobody_may_write_to(page_dtype: torch.dtype | None) -> None:
     page = torch.ones(1, 2 * TOKENS, HEADS, D)
     pool.write(0, slots := pool.prepare_write([video], video.append(2), 2), page, page)
 
-    def refused(slots: torch.Tensor, error: type[Exception], match: str) -> None:
+    def refused(slots: object, error: type[Exception], match: str) -> None:
         unchanged(pool, video, lambda: pool.write(0, slots, 2 * page, 2 * page), error, match)
+        unchanged(pool, video, lambda: pool.mark_written(0, slots), error, match)
 
-    refused(slots + 5, ShapeError, r"slots\[branch=0, frame=1\] = 6 not in \[0, 6\)")
-    refused(slots - 1, ShapeError, r"slots\[branch=0, frame=0\] = -1 not in \[0, 6\)")
-    refused(slots * 0, ShapeError, r"slots\[branch=0, frame=1\] = 0 is named twice")
-    refused(slots[0], ShapeError, r"slots must be \[B, frames\], got \[2\]")
-    refused(slots.int(), DtypeError, r"slots must be int64 on the cpu, got torch\.int32")
-    refused(slots + 1, PoolError, r"frame=1\] = 2 is held by 0 timelines and 0 route tables")
-    table = pool.routes([[1]])
+    plain = "slots must be of `prepare_write` or `advance`, got"
+    for given in (slots.tensor, slots.tensor.int(), slots.tolist(), slots[0], video.window(0, 2)):
+        refused(given, DtypeError, plain)
+    table = pool.routes([video.window(0, 1)])
     refused(slots, PoolError, r"frame=1\] = 1 is held by 1 timelines and 1 route tables")
     del table
     branch = video.fork(1)[0]
@@ -159,16 +173,29 @@ def test_an_empty_pool_is_refused(field: str) -> None:
         FramePool(**{**sizes, field: 0})
 
 
-def test_a_written_slot_that_is_not_there() -> None:
-    """The fused write takes slots of the caller: they are checked before anything is written."""
+def test_the_fused_write_checks_its_slots_before_anything_is_written() -> None:
     pool, video = make_pool()
     q = k = v = torch.ones(1, TOKENS, HEADS, D)
     weight = torch.ones(HEADS * D)
-    for slots, match in (
-        ([[12]], r"slots\[branch=0, frame=0\] = 12 not in \[0, 12\)"),
-        ([[-1]], r"= -1 not in"),
+    other, own = make_pool()[0], pool.prepare_write([video], 5, 1)
+    branch = video.fork(1)[0]
+    shared = pool.prepare_write([branch], 4, 1)
+    gone = branch.fork(1)[0]
+    evicted = pool.prepare_write([gone], 3, 1)
+    gone.evict([])
+    plain = torch.zeros(12, TOKENS, HEADS, D)
+    branch_too = branch.fork(1)
+    for slots, pages, error, match in (
+        (torch.tensor([[12]]), pool, ShapeError, r"frame=0\] = 12 not in \[0, 12\)"),
+        (torch.tensor([[-1]]), pool, ShapeError, r"= -1 not in"),
+        (own.tensor, pool, DtypeError, "k_pool is of a FramePool: slots must be of its `prepare_w"),
+        (own, other, ShapeError, "k_pool is not of the FramePool whose slots these are"),
+        (own, None, ShapeError, "k_pool is not of the FramePool whose slots these are"),
+        (shared, pool, PoolError, r"slots\[branch=0, frame=0\] = \d+ is held by 2 timelines"),
+        (evicted, pool, FrameError, r"frame=0\] = \d+ is stale: frame 3 was evicted"),
     ):
-        call = lambda slots=slots: qk_norm_rope_write(
+        views = (plain, plain) if pages is None else (pages.k(0), pages.v(0))
+        call = lambda slots=slots, views=views: qk_norm_rope_write(
             q,
             k,
             v,
@@ -177,8 +204,9 @@ def test_a_written_slot_that_is_not_there() -> None:
             Rope(D),
             0,
             grid=(1, 2, 2),
-            k_pool=pool.k(0),
-            v_pool=pool.v(0),
-            slots=torch.tensor(slots),
+            k_pool=views[0],
+            v_pool=views[1],
+            slots=slots,
         )
-        unchanged(pool, video, call, ShapeError, match)
+        unchanged(pool, video, call, error, match)
+    assert not plain.any() and branch_too
