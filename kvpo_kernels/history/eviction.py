@@ -226,7 +226,10 @@ def text_relevance(
     if len(text_k) == 0:
         raise ShapeError(f"text_k {list(text_k.shape)} has no tokens to take the mean of")
     check_scales(k_pool, k_pool, k_scales, k_scales, text_k.device)
-    given: list[Any] = list(slots)
+    try:
+        given: list[Any] = list(slots)
+    except TypeError:
+        raise DtypeError(f"slots must be a sequence, got {type(slots).__name__}") from None
     named: list[int] = list(given)
     for i, slot in enumerate(named):
         named[i] = slot = integer(f"slots[{i}]", slot, None)
