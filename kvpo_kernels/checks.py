@@ -47,6 +47,17 @@ def number(name: str, value: Any) -> float:
         raise DtypeError(f"{name} must be a number, got {got}") from None
 
 
+def tensors(**arguments: Any) -> None:
+    """Check that what is named is a tensor.
+
+    Raises:
+        DtypeError: it is none.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise DtypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
 def numbers_of(name: str, value: Any) -> Tensor:
     """A tensor, a number or a sequence of such, in float64.
 

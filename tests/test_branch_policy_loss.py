@@ -66,7 +66,7 @@ def random_case(i: int) -> dict[str, Any]:
     ref = None if u(1) < 0.3 else old + 0.5 * torch.randn(G, generator=g, dtype=torch.float64)
     objective = ContrastiveObjective(
         clip_range_low=0.3 * u(1).item(),
-        clip_range_high=0.3 + 0.3 * u(1).item(),
+        clip_range_high=0.6 * u(1).item(),
         kl_coef=[0.0, 0.1, 10.0][int(3 * u(1))],
         protect=["mechanism_1", "mechanism_2"][int(2 * u(1))],  # type: ignore[arg-type]
         log_ratio_clamp=[20.0, 2.0][int(2 * u(1))],
@@ -111,6 +111,26 @@ def test_values_and_gradients_equal_autograd_over_2400_cases(backend: str) -> No
         seen["single"] += len(l) == 1
         seen["skip"] += bool(r.skip)
     assert min(seen.values()) >= cases // 24, f"the cases do not reach what they are for: {seen}"
+
+
+@each_backend
+def test_a_clip_that_is_tighter_above(backend: str) -> None:
+    """[0.5, 1.05], which the released code takes."""
+    o = ContrastiveObjective(clip_range_low=0.5, clip_range_high=0.05, kl_coef=0.0)
+    old = torch.zeros(4, dtype=torch.float64)
+    l = torch.tensor([0.3, 0.0, -0.2, -1.5], dtype=torch.float64, requires_grad=True)
+    A = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    expected, *_ = as_written(l, old, A, None, o, True)
+    (grad,) = torch.autograd.grad(expected, l)
+    r = loss(backend, l, old, A, objective=o)
+    torch.testing.assert_close(r.loss, expected, rtol=1e-14, atol=0)
+    torch.testing.assert_close(r.score_grad, grad, rtol=1e-14, atol=1e-15)
+    low, high = 0.5, 1.05
+    assert (
+        r.ratio[0] > high
+        and r.ratio[3] < low
+        and r.clip_fraction == ((r.ratio < low) | (r.ratio > high)).double().mean()
+    )
 
 
 @each_backend

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from kvpo_kernels.checks import integer
-from kvpo_kernels.errors import ConfigError, ShapeError
+from kvpo_kernels.checks import integer, number, tensors
+from kvpo_kernels.errors import ConfigError, DtypeError, NonFiniteError, RangeError, ShapeError
 from kvpo_kernels.history.memory import pool_of
 from kvpo_kernels.history.route_table import RouteTable
 from kvpo_kernels.history.slots import Slot, Slots, frame_index
@@ -90,7 +90,7 @@ class TopScored:
         self.always = Window(sink, local)
         self.budget = integer("budget", budget, 0, ConfigError)
         self.record_every = integer("record_every", record_every, 1, ConfigError)
-        if not 0 <= decay < 1:
+        if not 0 <= number("decay", decay) < 1:
             raise ConfigError(f"decay must be in [0, 1), got {decay}")
         self.decay = decay
         self.scores: dict[int, float] = {}
@@ -100,11 +100,11 @@ class TopScored:
         """Take the scores of this block.
 
         Raises:
-            ShapeError: a score is not finite; nothing has changed then.
+            NonFiniteError: a score is not finite; nothing has changed then.
         """
         bad = {frame: score for frame, score in scores.items() if not math.isfinite(score)}
         if bad:
-            raise ShapeError(f"scores must be finite, got {bad}")
+            raise NonFiniteError(f"scores must be finite, got {bad}")
         for frame, score in scores.items():
             former = self.scores.get(frame, score)
             self.scores[frame] = self.decay * former + (1 - self.decay) * score
@@ -152,6 +152,9 @@ def frame_attention_mass(
         ShapeError: a shape does not fit, or scales are missing or superfluous.
         DtypeError: scales of another dtype or device.
     """
+    tensors(q=q, k_pool=k_pool, lse=lse)
+    if not isinstance(table, RouteTable):
+        raise DtypeError(f"table must be a RouteTable, got {type(table).__name__}")
     if q.ndim != 4:
         raise ShapeError(f"q must be [B, Q, H, D], got {list(q.shape)}")
     B, Q, H, D = q.shape
@@ -214,17 +217,25 @@ def text_relevance(
         DtypeError: scales of another dtype or device, or plain numbers for slots of a FramePool.
         FrameError: a slot whose frame has left it, or is not yet written in every layer.
     """
-    if text_k.ndim != 3 or k_pool.ndim != 4 or text_k.shape[1:] != k_pool.shape[2:]:
+    tensors(text_k=text_k, k_pool=k_pool)
+    if text_k.ndim != 3:
+        raise ShapeError(f"text_k must be [L, H, D], got {list(text_k.shape)}")
+    if k_pool.ndim != 4:
+        raise ShapeError(f"k_pool must be [F, T, H, D], got {list(k_pool.shape)}")
+    if text_k.shape[1:] != k_pool.shape[2:]:
         raise ShapeError(f"text_k {list(text_k.shape)} does not fit k_pool {list(k_pool.shape)}")
     if len(text_k) == 0:
         raise ShapeError(f"text_k {list(text_k.shape)} has no tokens to take the mean of")
     check_scales(k_pool, k_pool, k_scales, k_scales, text_k.device)
-    given: list[Any] = list(slots)
+    try:
+        given: list[Any] = list(slots)
+    except TypeError:
+        raise DtypeError(f"slots must be a sequence, got {type(slots).__name__}") from None
     named: list[int] = list(given)
     for i, slot in enumerate(named):
         named[i] = slot = integer(f"slots[{i}]", slot, None)
         if not 0 <= slot < k_pool.shape[0]:
-            raise ShapeError(f"slots[{i}] = {slot} not in [0, {k_pool.shape[0]})")
+            raise RangeError(f"slots[{i}] = {slot} not in [0, {k_pool.shape[0]})")
     if (pool := pool_of(k_pool)) is not None:
         pool._check_read(Slots.of(given, "slots[{}]"), "slots[{}]")
     index = torch.tensor(named, dtype=torch.int64, device=k_pool.device)

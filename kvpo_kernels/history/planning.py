@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 
 from kvpo_kernels.checks import integer
-from kvpo_kernels.errors import ConfigError
+from kvpo_kernels.errors import ConfigError, DtypeError
 
 Variant = Literal["longlive", "memflow"]
 Selection = Literal["official", "independent", "balanced"]
@@ -115,6 +115,8 @@ class RoutingPlan:
 
 def eligible_starts(routing: HistoryRouting, video_frames: int) -> list[int]:
     """First frames of the blocks that a plan may start at, ascending."""
+    _check_routing(routing)
+    video_frames = integer("video_frames", video_frames, None)
     starts = []
     for chunk, (first, frames) in enumerate(_chunks(routing, video_frames)):
         if chunk >= routing.first_chunks:
@@ -134,6 +136,8 @@ def eligible_starts(routing: HistoryRouting, video_frames: int) -> list[int]:
 def candidate_frames(routing: HistoryRouting, start: int) -> list[int]:
     """Frames (longlive) or cache slots (memflow) that the branches of a fork at `start` choose
     from, ascending."""
+    _check_routing(routing)
+    start = integer("start", start, None)
     if routing.variant == "memflow":
         return list(range(max(0, min(start, routing.cache_frames) - routing.nearest_frames)))
     # Frames that are still cached when the last perturbed block is generated.
@@ -177,7 +181,8 @@ def plan_history_routing(
             f" {routing.min_new_frames} hold no block at or after frame {routing.window_frames}"
             f" followed by {routing.perturbed_blocks} blocks of its chunk"
         )
-    base = seed + 97 * sample + seed_context
+    seed, sample = integer("seed", seed, None), integer("sample", sample, None)
+    base = seed + 97 * sample + integer("seed_context", seed_context, None)
     draw = torch.Generator().manual_seed(base)
     at = torch.randint(0, len(starts), (1,), generator=draw, device="cpu")
     start = starts[int(at.item())]
@@ -227,6 +232,11 @@ def _idle(routing: HistoryRouting, plan: RoutingPlan) -> str | None:
             f" {routing.selection!r} of {n} frames of {pool} candidates repeats the others"
         )
     return None
+
+
+def _check_routing(routing: HistoryRouting) -> None:
+    if not isinstance(routing, HistoryRouting):
+        raise DtypeError(f"routing must be a HistoryRouting, got {type(routing).__name__}")
 
 
 def _chunks(routing: HistoryRouting, video_frames: int) -> list[tuple[int, int]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpo_kernels.checks import integer
-from kvpo_kernels.errors import DtypeError, ShapeError
+from kvpo_kernels.errors import DtypeError, RangeError, ShapeError
 
 Rows = list[list[int]]
 
@@ -137,20 +137,25 @@ class RouteTable:
         if isinstance(slot_lists, Tensor):
             rows = self._tensor_rows(slot_lists, device)
         else:
-            rows = [list(row) for row in slot_lists]
+            try:
+                rows = [list(row) for row in slot_lists]
+            except TypeError:
+                raise DtypeError(
+                    f"routes must be a list of slots for each row, got {slot_lists!r}"
+                ) from None
         for b, row in enumerate(rows):
             for i, slot in enumerate(row):
                 if type(slot) is not int:
                     row[i] = slot = integer(f"route[branch={b}, slot={i}]", slot, None)
                 if not 0 <= slot < self.num_slots:
-                    raise ShapeError(
+                    raise RangeError(
                         f"route[branch={b}, slot={i}] = {slot} not in [0, {self.num_slots})"
                     )
             if not self.allow_duplicates and len(set(row)) != len(row):
                 seen: dict[int, int] = {}
                 for i, slot in enumerate(row):
                     if slot in seen:
-                        raise ShapeError(
+                        raise RangeError(
                             f"route[branch={b}, slot={i}] = {slot} repeats slot={seen[slot]};"
                             " pass allow_duplicates=True to count it twice"
                         )

@@ -77,6 +77,7 @@ def anchor_advantages(
     r = rewards.detach().double()
     r = r if r.ndim == 2 else r[None]
     C = r.shape[0]
+    _check_components(rewards, anchor_rewards)
     anchor = _vector("anchor_rewards", anchor_rewards, C, r.device)
     weights = torch.ones(C, dtype=torch.float64, device=r.device)
     if component_weights is not None:
@@ -249,6 +250,18 @@ def _check_floating(name: str, value: Tensor) -> None:
         raise DtypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if not value.is_floating_point():
         raise DtypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
+
+
+def _check_components(rewards: Tensor, anchor: object) -> None:
+    """Blame rewards that lack the axis of the components, or have it last, not their anchor."""
+    size = numbers_of("anchor_rewards", anchor).shape
+    if len(size) != 1 or size[0] == (rewards.shape[0] if rewards.ndim == 2 else 1):
+        return
+    got = f"got {list(rewards.shape)}: anchor_rewards has {size[0]} components"
+    if rewards.ndim == 1:
+        raise ShapeError(f"rewards must be [C, G], {got}")
+    if rewards.shape[1] == size[0]:
+        raise ShapeError(f"rewards must be [C, G], {got}, the size of axis 1: transpose them")
 
 
 def _refuse_nonfinite(name: str, value: Tensor) -> None:

@@ -444,6 +444,19 @@ def count_of(*inputs: Any) -> int | None:
     return sizes[0] if len(sizes) > 1 and all(n == sizes[0] for n in sizes) else None
 
 
+def _check_agreed(name: str, scores: Tensor, *inputs: Any) -> None:
+    """Where the old policy and the advantages agree on another dtype or device, scores are odd."""
+    others = [x for x in inputs if isinstance(x, Tensor)]
+    for what in ("dtype", "device"):
+        own, agreed = getattr(scores, what), [getattr(x, what) for x in others]
+        fits = what == "device" or agreed[:1] in ([torch.float32], [torch.float64])
+        if len(agreed) > 1 and agreed[0] == agreed[1] and agreed[0] != own and fits:
+            raise DtypeError(
+                f"{name} must be {'on ' if what == 'device' else ''}{agreed[0]} like the old"
+                f" policy's and the advantages, got {own}"
+            )
+
+
 def checked_scores(
     policy: str,
     scores: Tensor | None,
@@ -485,6 +498,7 @@ def _checked(given: _Given, drop: bool) -> tuple[Tensor, Tensor, Tensor, Tensor 
     if scores.ndim != 1 or scores.numel() == 0:
         raise ShapeError(f"{name} must be [G] with G >= 1, got {list(scores.shape)}")
     like = (scores.device, scores.dtype, scores.shape[0])
+    _check_agreed(name, scores, given.old_scores, given.old_energies, given.advantages)
     branches = count_of(given.old_scores, given.old_energies, given.advantages)
     if branches is not None and branches != scores.shape[0]:
         raise ShapeError(
@@ -614,6 +628,9 @@ def announce_failure(group: dist.ProcessGroup) -> None:
 
 def check_member(group: dist.ProcessGroup) -> None:
     """Raise GroupError on a process that is not of the group: nobody waits for it."""
+    outside = dist.GroupMember.NON_GROUP_MEMBER  # what `new_group` gives those it leaves out
+    if not isinstance(group, dist.ProcessGroup) and group is not outside:
+        raise DtypeError(f"group must be a process group, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
         raise GroupError("this process is not a rank of `group`")
 

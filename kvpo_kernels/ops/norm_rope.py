@@ -4,6 +4,7 @@ Shape letters: B rows, N tokens of a block (frames * height * width), H heads, H
 size, F slots of the pool, T tokens per frame (height * width).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvpo_kernels import registry
+from kvpo_kernels.checks import integer, number, tensors
 from kvpo_kernels.errors import (
     BackendUnavailable,
     ConfigError,
@@ -190,25 +192,53 @@ def _prepare(
     eps: float,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, str]:
+    tensors(q=q, k=k, q_weight=q_weight, k_weight=k_weight)
+    if not isinstance(rope, RopeTable):
+        raise DtypeError(f"rope must be a RopeTable, got {type(rope).__name__}")
+    if not isinstance(grid, (tuple, list)):
+        raise DtypeError(f"grid must be (frames, height, width), got {grid!r}")
+    for axis, size in enumerate(grid):
+        if type(size) is not int:
+            integer(f"grid[{axis}]", size, None)
+    if type(first_frame) is not int and not isinstance(first_frame, Tensor):
+        integer("first_frame", first_frame, None)
     if q.ndim != 4:
         raise ShapeError(f"q must be [B, N, H, D], got {list(q.shape)}")
     B, N, _, D = q.shape
+    tokens = math.prod(grid)
+    if len(grid) == 3 and tokens != N and q.shape[2] == tokens:
+        raise ShapeError(
+            f"q must be [B, N, H, D], got {list(q.shape)}: with the {tokens} tokens of the grid it"
+            " looks like [B, H, N, D], transpose(1, 2)"
+        )
+    others_fit = k.ndim == 4 and k.shape[1] == tokens and k.shape[3] == rope.head_dim
+    if others_fit and (tokens != N or rope.head_dim != D):
+        raise ShapeError(
+            f"q must be [B, {tokens}, H, {rope.head_dim}] like k, grid and rope table, got"
+            f" {list(q.shape)}"
+        )
     if k.ndim != 4 or (k.shape[0], k.shape[1], k.shape[3]) != (B, N, D):
         raise ShapeError(f"k must be [{B}, {N}, Hkv, {D}], got {list(k.shape)}")
-    if len(grid) != 3 or grid[0] * grid[1] * grid[2] != N:
+    if len(grid) != 3 or tokens != N:
         raise ShapeError(f"grid {tuple(grid)} has not the {N} tokens of q")
     if rope.head_dim != D:
         raise ShapeError(f"rope table is for head size {rope.head_dim}, q has {D}")
     for name, weight, x in (("q_weight", q_weight, q), ("k_weight", k_weight, k)):
         if weight.shape != (x.shape[2] * D,):
-            raise ShapeError(f"{name} must be [{x.shape[2] * D}], got {list(weight.shape)}")
+            raise ShapeError(
+                f"{name} must be [{x.shape[2] * D}], got {list(weight.shape)}: {name[0]} has"
+                f" {x.shape[2]} heads of {D}"
+            )
         if not weight.is_floating_point() or weight.device != q.device:
-            raise DtypeError(f"{name} must be a float tensor on {q.device} like q")
+            raise DtypeError(
+                f"{name} must be a float tensor on {q.device} like q, got {weight.dtype} on"
+                f" {weight.device}"
+            )
     if q.dtype not in _DTYPES:
         raise DtypeError(f"q must be float32, float64, bfloat16 or float16, got {q.dtype}")
     if k.dtype is not q.dtype or k.device != q.device:
         raise DtypeError(f"k must be {q.dtype} on {q.device} like q, got {k.dtype} on {k.device}")
-    if not eps >= 0:
+    if not number("eps", eps) >= 0:
         raise ConfigError(f"eps must be at least 0, got {eps}")
     cos, sin = rope.tokens(first_frame, grid, wide=q.dtype is torch.float64)
     if cos.device != q.device:
@@ -228,6 +258,7 @@ def _check_write(
     k_scales: Tensor | None,
     v_scales: Tensor | None,
 ) -> None:
+    tensors(v=v, k_pool=k_pool, v_pool=v_pool)
     if v.shape != k.shape:
         raise ShapeError(f"v must be {list(k.shape)} like k, got {list(v.shape)}")
     page = (grid[1] * grid[2], *k.shape[2:])

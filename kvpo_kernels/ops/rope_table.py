@@ -1,12 +1,14 @@
 """Angles of the 3-D rotary embedding: which turn a token's queries and keys get."""
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvpo_kernels.errors import ConfigError, DtypeError, ShapeError
+from kvpo_kernels.checks import integer, number
+from kvpo_kernels.errors import ConfigError, DtypeError, RangeError, ShapeError
 from kvpo_kernels.ops.store_frames import under_fake_mode
 
 Angles = tuple[Tensor, Tensor]
@@ -58,10 +60,14 @@ class RopeTable:
         device: torch.device | str = "cpu",
         in_place: bool = False,
     ) -> None:
+        head_dim = integer("head_dim", head_dim, None)
         if head_dim < 2 or head_dim % 2:
-            raise ShapeError(f"head_dim must be even and at least 2, got {head_dim}")
-        if not theta > 0:
-            raise ConfigError(f"theta must be positive, got {theta}")
+            raise RangeError(f"head_dim must be even and at least 2, got {head_dim}")
+        if not 0 < number("theta", theta) < math.inf:
+            raise ConfigError(f"theta must be positive and finite, got {theta}")
+        max_frames = integer("max_frames", max_frames, 1)
+        max_height = integer("max_height", max_height, 1)
+        max_width = integer("max_width", max_width, 1)
         self.head_dim, self.theta = head_dim, theta
         self.limits = (max_frames, max_height, max_width)
         self._device = torch.device(device)
@@ -77,7 +83,7 @@ class RopeTable:
         of a position on a GPU, which are computed there.
 
         Raises:
-            ShapeError: a frame, row or column outside the table, named with its limit; of a
+            RangeError: a frame, row or column outside the table, named with its limit; of a
                 position on a GPU the frame is not known, and not checked.
             DtypeError: a position that is neither an int nor an integer tensor of one value.
         """
@@ -120,21 +126,21 @@ class RopeTable:
         if any(isinstance(n, float) for n in (first_frame, *grid)):
             raise DtypeError(f"first_frame and grid must be ints, got {first_frame} and {grid}")
         if min(grid) < 1:
-            raise ShapeError(f"grid must be at least (1, 1, 1), got {grid}")
+            raise RangeError(f"grid must be at least (1, 1, 1), got {grid}")
         _check_frames(first_frame, grid[0], self.limits[0])
         for name, value, limit in (
             ("height", grid[1] - 1, self.limits[1]),
             ("width", grid[2] - 1, self.limits[2]),
         ):
             if value >= limit:
-                raise ShapeError(f"rope table: {name} {value} not in [0, {limit})")
+                raise RangeError(f"rope table: {name} {value} not in [0, {limit})")
 
 
 def _check_frames(first_frame: int, frames: int, limit: int) -> None:
     if first_frame < 0:
-        raise ShapeError(f"first_frame must be at least 0, got {first_frame}")
+        raise RangeError(f"first_frame must be at least 0, got {first_frame}")
     if first_frame + frames > limit:
-        raise ShapeError(f"rope table: frame {first_frame + frames - 1} not in [0, {limit})")
+        raise RangeError(f"rope table: frame {first_frame + frames - 1} not in [0, {limit})")
 
 
 @torch.inference_mode(False)  # they may be asked for again with gradients

@@ -6,6 +6,7 @@ tokens.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -14,9 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kvpo_kernels import registry
+from kvpo_kernels.checks import number, tensors
 from kvpo_kernels.errors import (
     BackendUnavailable,
     ConfigError,
+    ConstantError,
     DtypeError,
     GradientError,
     ShapeError,
@@ -205,14 +208,18 @@ def routed_attention(
     Gimelshein (arXiv:1805.02867); quantized history: the adaptive cache that KVPO leaves to future
     work, with scales per frame and head as FlashAttention-3 has them (arXiv:2407.08608).
     """
-    if k_live is None and v_live is None and q.ndim == k_pool.ndim == v_pool.ndim == 4:
+    tensors(q=q, k_pool=k_pool, v_pool=v_pool)
+    no_live = k_live is None and v_live is None
+    if no_live and q.ndim == k_pool.ndim == v_pool.ndim == 4:
         k_live = v_live = q.new_zeros(q.shape[0], 0, *k_pool.shape[2:])
+    if no_live and (k_live is None or v_live is None):
+        _check_shapes(q, k_pool, v_pool, table)  # one of them has not four axes
     if k_live is None or v_live is None:
         raise ShapeError("k_live and v_live must be given both or neither")
     _check(q, k_pool, v_pool, table, k_live, v_live, k_scales, v_scales)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    elif not abs(scale) < math.inf:  # NaN is not less either
+    elif not abs(number("scale", scale)) < math.inf:  # NaN is not less either
         raise ConfigError(f"scale must be finite, got {scale}")
     needs_grad = torch.is_grad_enabled() and (
         q.requires_grad or k_live.requires_grad or v_live.requires_grad
@@ -274,21 +281,8 @@ def _check(
     k_scales: Tensor | None,
     v_scales: Tensor | None,
 ) -> None:
-    if q.ndim != 4:
-        raise ShapeError(f"q must be [B, Q, H, D], got {list(q.shape)}")
-    if k_pool.ndim != 4 or k_pool.shape[3] != q.shape[3]:
-        raise ShapeError(f"k_pool must be [F, T, Hkv, {q.shape[3]}], got {list(k_pool.shape)}")
-    heads, kv_heads = q.shape[2], k_pool.shape[2]
-    if kv_heads == 0 or heads % kv_heads:
-        raise ShapeError(f"the {heads} heads of q must be a multiple of the {kv_heads} of k_pool")
-    if v_pool.shape != k_pool.shape:
-        raise ShapeError(
-            f"v_pool must be {list(k_pool.shape)} like k_pool, got {list(v_pool.shape)}"
-        )
-    if k_live.ndim != 4 or (k_live.shape[0], *k_live.shape[2:]) != (q.shape[0], *k_pool.shape[2:]):
-        raise ShapeError(
-            f"k_live must be [{q.shape[0]}, L, {kv_heads}, {q.shape[3]}], got {list(k_live.shape)}"
-        )
+    tensors(k_live=k_live, v_live=v_live)
+    _check_shapes(q, k_pool, v_pool, table, k_live)
     if v_live.shape != k_live.shape:
         raise ShapeError(
             f"v_live must be {list(k_live.shape)} like k_live, got {list(v_live.shape)}"
@@ -302,12 +296,14 @@ def _check(
     quantized = check_scales(k_pool, v_pool, k_scales, v_scales, q.device)
     for name, t in others:
         if t.dtype is not q.dtype and not (quantized and name.endswith("pool")):
-            raise DtypeError(f"{name} must be {q.dtype} like q, got {t.dtype}")
+            odd = "; or else q, as all others are" if _agree("dtype", others) else ""
+            raise DtypeError(f"{name} must be {q.dtype} like q, got {t.dtype}{odd}")
         if t.device != q.device:
-            raise DtypeError(f"{name} must be on {q.device} like q, got {t.device}")
+            odd = "; or else q, as all others are" if _agree("device", others) else ""
+            raise DtypeError(f"{name} must be on {q.device} like q, got {t.device}{odd}")
     for name, t in others[:2]:
         if t.requires_grad:
-            raise ShapeError(f"{name} requires grad, but a pool is a constant: detach it")
+            raise ConstantError(f"{name} requires grad, but a pool is a constant: detach it")
         if t.stride(3) != 1 and t.shape[3] > 1:
             raise ShapeError(f"{name}: last axis must be contiguous, got strides {t.stride()}")
     if not isinstance(table, RouteTable):
@@ -323,6 +319,71 @@ def _check(
         raise DtypeError(f"table is on {table.slots.device}, but q is on {q.device}")
     for name, t in others[:2]:
         table.check_memory(name, t)
+
+
+def _check_shapes(
+    q: Tensor, k_pool: Tensor, v_pool: Tensor, table: RouteTable, k_live: Tensor | None = None
+) -> None:
+    """Of two that do not fit, the one that the others do not fit either is named."""
+    if q.ndim != 4:
+        raise ShapeError(f"q must be [B, Q, H, D], got {list(q.shape)}")
+    B, Q, heads, D = q.shape
+    if k_pool.ndim != 4 or k_pool.shape[3] != D:
+        same = k_pool.ndim == 4 and v_pool.shape == k_pool.shape
+        if same and (k_live is None or k_live.shape[-1] == k_pool.shape[3]):
+            size = k_pool.shape[3]
+            raise ShapeError(f"q must be [B, Q, H, {size}] like the pools, got {list(q.shape)}")
+        raise ShapeError(f"k_pool must be [F, T, Hkv, {D}], got {list(k_pool.shape)}")
+    kv_heads = k_pool.shape[2]
+    if kv_heads == 0 or heads % kv_heads:
+        hint = ""
+        if kv_heads and Q % kv_heads == 0:
+            hint = f"; q, {list(q.shape)}, looks like [B, H, Q, D]: transpose(1, 2)"
+        elif k_pool.shape[1] and heads % k_pool.shape[1] == 0:
+            hint = f"; k_pool, {list(k_pool.shape)}, looks like [F, H, T, D] and is [F, T, Hkv, D]"
+        raise ShapeError(
+            f"the {heads} heads of q must be a multiple of the {kv_heads} of k_pool{hint}"
+        )
+    slots = table.num_slots if isinstance(table, RouteTable) else None
+    if v_pool.shape != k_pool.shape:
+        if v_pool.shape[1:] == k_pool.shape[1:] and v_pool.shape[0] == slots:
+            raise ShapeError(
+                f"k_pool must be {list(v_pool.shape)} like v_pool, got {list(k_pool.shape)}"
+            )
+        raise ShapeError(
+            f"v_pool must be {list(k_pool.shape)} like k_pool, got {list(v_pool.shape)}"
+        )
+    if k_live is None:
+        return
+    fits = k_live.ndim == 4 and k_live.shape[2] == kv_heads and k_live.shape[3] == D
+    if fits and k_live.shape[0] == B:
+        # Legal, but then queries and live tokens are not of one block.
+        swapped = heads != Q and Q % kv_heads == 0 and k_live.shape[1] == heads
+        if swapped and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"q {list(q.shape)} is read as [B, Q, H, D]; beside k_live {list(k_live.shape)} it"
+                " looks like [B, H, Q, D]",
+                stacklevel=4,
+            )
+        return
+    live = list(k_live.shape)
+    if fits and isinstance(table, RouteTable) and table.num_rows == k_live.shape[0]:
+        raise ShapeError(
+            f"q must be [{live[0]}, Q, H, D] like table and k_live, got {list(q.shape)}"
+        )
+    hint = ""
+    if k_live.ndim == 4 and k_live.shape[1] == kv_heads and k_live.shape[3] == D:
+        if k_live.shape[2] == heads and Q % kv_heads == 0:
+            raise ShapeError(
+                f"q must be [B, Q, H, D], got {list(q.shape)}: like k_live {live} it looks like"
+                " [B, H, L, D], transpose(1, 2) both"
+            )
+        hint = "; it looks like [B, H, L, D]: transpose(1, 2)"
+    raise ShapeError(f"k_live must be [{B}, L, {kv_heads}, {D}], got {live}{hint}")
+
+
+def _agree(what: str, arguments: tuple[tuple[str, Tensor], ...]) -> bool:
+    return len({getattr(t, what) for _, t in arguments}) == 1
 
 
 def _check_not_in_pool(

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from kvpo_kernels import registry
-from kvpo_kernels.errors import DtypeError, ShapeError
+from kvpo_kernels.checks import tensors
+from kvpo_kernels.errors import ConstantError, DtypeError, RangeError, ShapeError
 from kvpo_kernels.registry import Backend
 
 OP = "store_frames"
@@ -76,6 +77,7 @@ def quantize_frames(
     """
     if dtype not in PAGE_DTYPES:
         raise DtypeError(f"dtype must be one of {list(PAGE_DTYPES)}, got {dtype}")
+    tensors(frames=frames)
     if not frames.is_floating_point():
         raise DtypeError(f"frames must be a floating-point tensor, got {frames.dtype}")
     if frames.ndim < 3 or 0 in frames.shape[-3:]:
@@ -120,8 +122,9 @@ def check_scales(
         raise DtypeError(f"v_pool must be {k_pool.dtype} like k_pool, got {v_pool.dtype}")
     shape = [k_pool.shape[0], k_pool.shape[2]]
     for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
-        if not isinstance(scales, Tensor):
+        if scales is None:
             raise ShapeError(f"{name} must be given: k_pool is {k_pool.dtype}")
+        tensors(**{name: scales})
         if list(scales.shape) != shape:
             raise ShapeError(f"{name} must be {shape}, got {list(scales.shape)}")
         if scales.dtype is not torch.float32 or scales.device != device:
@@ -131,7 +134,7 @@ def check_scales(
         if not scales.is_contiguous():
             raise ShapeError(f"{name} must be contiguous, got strides {scales.stride()}")
         if scales.requires_grad:
-            raise ShapeError(f"{name} requires grad, but a pool is a constant: detach it")
+            raise ConstantError(f"{name} requires grad, but a pool is a constant: detach it")
     return True
 
 
@@ -163,9 +166,9 @@ def check_slots(slots: Tensor, shape: list[int], num_slots: int) -> None:
     for b, row in enumerate(slots.tolist()):
         for i, slot in enumerate(row):
             if not 0 <= slot < num_slots:
-                raise ShapeError(f"slots[branch={b}, frame={i}] = {slot} not in [0, {num_slots})")
+                raise RangeError(f"slots[branch={b}, frame={i}] = {slot} not in [0, {num_slots})")
             if slot in seen:
-                raise ShapeError(f"slots[branch={b}, frame={i}] = {slot} is named twice")
+                raise RangeError(f"slots[branch={b}, frame={i}] = {slot} is named twice")
             seen.add(slot)
 
 

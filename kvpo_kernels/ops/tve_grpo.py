@@ -249,7 +249,15 @@ def _over_group(
 
 
 def _masked(weights: Tensor, grad_steps: Tensor | Sequence[bool]) -> Tensor:
-    mask = torch.as_tensor(grad_steps, device=None if isinstance(grad_steps, Tensor) else "cpu")
+    if isinstance(grad_steps, Tensor):
+        mask = grad_steps
+        if mask.is_meta and not weights.is_meta:
+            raise DtypeError(f"grad_steps must be on {weights.device} like pred, got meta")
+    else:
+        try:
+            mask = torch.as_tensor(grad_steps, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise DtypeError(f"grad_steps must hold bools, got {grad_steps!r}") from None
     if mask.dtype is not torch.bool:
         raise DtypeError(f"grad_steps must be bool, got {mask.dtype}")
     if mask.shape != weights.shape[-1:]:

@@ -120,9 +120,10 @@ def velocity_gradient(
     Raises:
         ShapeError, DtypeError: naming the argument.
     """
-    weights = _weight_of_step(pred, target, weight)
     if not isinstance(kappa, Tensor):
         raise DtypeError(f"kappa must be a floating-point tensor, got {type(kappa).__name__}")
+    branches = kappa.shape[0] if kappa.ndim == 1 else None
+    weights = _weight_of_step(pred, target, weight, branches)
     if not kappa.is_floating_point():
         raise DtypeError(f"kappa must be a floating-point tensor, got {kappa.dtype}")
     if kappa.shape != pred.shape[:1]:
@@ -188,7 +189,7 @@ class TrajectoryEnergies:
                 raise ShapeError(f"pred has {rows} rows: name the `branches`, there are {G}")
             index = list(range(G))
         else:
-            index = branches.tolist() if isinstance(branches, Tensor) else list(branches)
+            index = _as_list(branches)
             _check_branches(index, rows, G)
         energy = trajectory_velocity_energy(
             pred.detach().unsqueeze(1), target.detach().unsqueeze(1), weights
@@ -228,8 +229,8 @@ def velocity_step_weights(
         float64, shape and device of `sigmas`.
 
     Raises:
-        RangeError: a sigma, or the weight that it would give, is not positive and finite; names
-            the steps.
+        RangeError, NonFiniteError: a sigma, or the weight that it would give, is not positive and
+            finite; names the steps.
         ConfigError: an unknown space, a bad floor or temperature.
 
     Source: KVPO (arXiv:2605.14278); the released trainer's log_prob_sigma_floor.
@@ -244,7 +245,8 @@ def velocity_step_weights(
     steps = _not_positive(sigma)
     if steps:
         values = [float(sigma[tuple(i) if isinstance(i, list) else i]) for i in steps]
-        raise RangeError(f"sigmas must be > 0 and finite, got {values} at steps {steps}")
+        kind = RangeError if all(map(math.isfinite, values)) else NonFiniteError
+        raise kind(f"sigmas must be > 0 and finite, got {values} at steps {steps}")
     weight = 0.5 / (sigma.clamp_min(sigma_floor).square() * temperature)
     weight = weight if space == "x0" else weight * sigma.square()
     steps = _not_positive(weight)
@@ -306,23 +308,29 @@ def check_trajectories(pred: Tensor, target: Tensor, branches: int | None = None
     for name, t in (("pred", pred), ("target", target)):
         if not isinstance(t, Tensor):
             raise DtypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.layout is not torch.strided:
+            raise DtypeError(f"{name} must be dense, got {t.layout}")
     if pred.dtype not in DTYPES:
         raise DtypeError(f"pred must be one of {DTYPES}, got {pred.dtype}")
     if pred.ndim < 2 or pred.numel() == 0:
         raise ShapeError(f"pred must be [G, S, ...] and not empty, got {list(pred.shape)}")
-    if target.shape != pred.shape:
-        has = branches is not None and branches == target.shape[:1].numel() != pred.shape[0]
-        if target.ndim > pred.ndim or has:
-            raise ShapeError(
-                f"pred must be {list(target.shape)} like target, got {list(pred.shape)}"
-            )
-        raise ShapeError(f"target must be {list(pred.shape)} like pred, got {list(target.shape)}")
+    _check_alike(pred, target, branches)
     if target.dtype is not pred.dtype:
         raise DtypeError(f"target must be {pred.dtype} like pred, got {target.dtype}")
     if target.device != pred.device:
         raise DtypeError(f"target must be on {pred.device} like pred, got {target.device}")
     if target.requires_grad:
         raise ConstantError("target requires grad, but it is a constant here: detach it")
+
+
+def _check_alike(pred: Tensor, target: Tensor, branches: int | None) -> None:
+    if target.shape == pred.shape:
+        return
+    p, t = list(pred.shape), list(target.shape)
+    right = branches is not None and target.ndim > 0 and branches == t[0] and branches != p[0]
+    if target.ndim > pred.ndim or right:
+        raise ShapeError(f"pred must be {t} like target, got {p}")
+    raise ShapeError(f"target must be {p} like pred, got {t}")
 
 
 def checked_weights(step_weights: Tensor, pred: Tensor, branches: int | None = None) -> Tensor:
@@ -353,28 +361,28 @@ def _misfit(weights: list[int], pred: list[int], branches: int | None) -> str:
     """What to say where weights and predictions do not fit: an axis that pred lacks shows here."""
     G, S = pred[:2]
     per_branch = len(weights) == 2
+    fits = f"step_weights must be [{S}] or [{G}, {S}], got {weights}"
     if not 1 <= len(weights) <= 2:
-        return f"step_weights must be [{S}] or [{G}, {S}], got {weights}"
+        return fits
     lacks = f"pred must be [G, S, ...], got {pred}: step_weights {weights} has {weights[-1]} steps,"
     if weights[-1] == G and branches != G and not (per_branch and weights[0] == G):
-        return f"{lacks} the size of axis 0; the axis of the branches is missing"
+        lacks += " the size of axis 0; the axis of the branches is missing"
+        return lacks if len(pred) == 2 or branches is not None else f"{lacks} (or else {fits})"
     if len(pred) == 2 and (not per_branch or weights[0] == G):
         return f"{lacks} but axis 1 is {S}; the axis of the block-steps is missing"
-    return (
-        f"step_weights must be [{S}] or [{G}, {S}], got {weights}; or else pred, which must be"
-        f" [G, S, ...], got {pred}, lacks an axis"
-    )
+    return f"{fits}; or else pred, which must be [G, S, ...], got {pred}, lacks an axis"
 
 
-def _weight_of_step(pred: Tensor, target: Tensor, weight: float | Tensor) -> Tensor:
+def _weight_of_step(
+    pred: Tensor, target: Tensor, weight: float | Tensor, branches: int | None = None
+) -> Tensor:
     """Check one block-step `[b, ...]`. Its weight as `[1]`, or `[b, 1]` where branches differ."""
     for name, x in (("pred", pred), ("target", target)):
         if not isinstance(x, Tensor):
             raise DtypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if pred.ndim < 1 or pred.numel() == 0:
         raise ShapeError(f"pred must be [b, ...] and not empty, got {list(pred.shape)}")
-    if target.shape != pred.shape:
-        raise ShapeError(f"target must be {list(pred.shape)} like pred, got {list(target.shape)}")
+    _check_alike(pred, target, branches)
     check_trajectories(pred.detach().unsqueeze(1), target.detach().unsqueeze(1))
     if isinstance(weight, Tensor) and weight.ndim > 0:
         if weight.shape != pred.shape[:1]:
@@ -391,6 +399,16 @@ def _weight_of_step(pred: Tensor, target: Tensor, weight: float | Tensor) -> Ten
         raise NonFiniteError(f"weight must be finite, got {value}")
     # Filled, not copied: a copy from the host would wait for the device.
     return torch.full((1,), value, dtype=torch.float64, device=pred.device)
+
+
+def _as_list(branches: Sequence[int] | Tensor) -> list[int]:
+    if isinstance(branches, Tensor) and branches.ndim != 1:
+        raise ShapeError(f"branches must be [b], got {list(branches.shape)}")
+    try:
+        return branches.tolist() if isinstance(branches, Tensor) else list(branches)
+    except TypeError:
+        got = type(branches).__name__
+        raise DtypeError(f"branches must be a sequence of ints, got {got}") from None
 
 
 def _check_branches(index: list[int], rows: int, num_branches: int) -> None:

@@ -27,6 +27,7 @@ from kvpo_kernels import (
     velocity_gradient,
     velocity_step_weights,
 )
+from kvpo_kernels.errors import NonFiniteError
 
 BACKEND_NAMES = ("cpu", "triton", "reference")
 each_backend = pytest.mark.parametrize("backend", BACKEND_NAMES)
@@ -309,6 +310,191 @@ def test_the_largest_float16_does_not_overflow(backend: str) -> None:
     scores = torch.zeros(2)
     r = runs(lambda: tve_grpo_loss(pred, target, weights, scores, scores + 1, backend=backend))
     assert r.loss.isfinite() and r.log_ratio.isfinite().all()
+
+
+# Finite inputs, a result that the dtype does not hold
+FAR = ContrastiveObjective(log_ratio_clamp=80.0, kl_coef=0.0)
+OVER = {  # scores, old scores, advantages, objective, what is named
+    "ratio": ([0.0, 0.0], [0.0, 300.0], [-1e6, 1.0], FAR, "loss = inf, grpo_loss = inf"),
+    "gradient": ([0.0, 0.0], [0.0, 70.0], [-1e10, 1.0], FAR, r"score_grad\[1\] = -inf"),
+    "advantages": ([0.0, 0.0], [-3.0, 3.0], [-3e38, 0.0], FAR, r"advantages up to 3e[+]38"),
+    "kl_coef": ([0.0, 40.0], [40.0, 0.0], [0.0, 0.0], 3e37, "kl_coef is 3e[+]37"),
+    "scores": ([-3e38, 3e38], [3e38, -3e38], [0.0, 0.0], FAR, "scores up to 3e[+]38"),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("policy", ["raise", "drop"])
+@pytest.mark.parametrize("case", OVER)
+def test_an_infinite_loss_of_finite_inputs_is_an_error(
+    case: str, policy: str, backend: str
+) -> None:
+    *inputs, o, named = OVER[case]
+    s, old, A = (torch.tensor(v) for v in inputs)
+    if isinstance(o, float):
+        o = ContrastiveObjective(kl_coef=o)
+    call = lambda *x: branch_policy_loss(*x, objective=o, nonfinite=policy, backend=backend)  # type: ignore[arg-type]
+    if policy == "drop":  # also beside a branch that is rightly left out
+        s, old, A = (torch.cat([v, torch.tensor([NAN])]) for v in (s, old, A))
+    with pytest.raises(NonFiniteError, match=named) as caught:
+        runs(lambda: call(s, old, A))
+    assert "out of the range of torch.float32, though the inputs are finite" in str(caught.value)
+    wide = runs(lambda: call(s.double(), old.double(), A.double()))
+    assert wide.loss.isfinite() and wide.score_grad.isfinite().all()
+    with pytest.raises(NonFiniteError, match="out of the range"):  # from a compiled graph as well
+        torch.compile(call, backend="aot_eager", fullgraph=True)(s, old, A)
+    torch.compiler.reset()
+
+
+def test_the_issue_of_a_wide_clamp() -> None:
+    s, old = torch.zeros(2), torch.tensor([0.0, 300.0])
+    A = torch.tensor([-1e6, 1e6])
+    with pytest.raises(NonFiniteError, match=r"log_ratio_clamp 80\), advantages up to 1e[+]06"):
+        branch_policy_loss(s, old, A, objective=FAR)
+    r = branch_policy_loss(s.double(), old.double(), A.double(), objective=FAR)
+    # One branch e^80 above the old policy, its advantage negative: not clipped. Of the other, whose
+    # ratio is about 1/2, the advantage gives half of it.
+    expected = (math.exp(80) * 1e6 - 0.5e6) / 2
+    assert r.loss.item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_overflow_on_a_gpu_shows_in_check() -> None:
+    from kvpo_kernels import BranchPolicyLoss
+    from kvpo_kernels.reference import branch_policy_loss as reference
+
+    args = (torch.zeros(2), torch.tensor([0.0, 300.0]), torch.tensor([-1e6, 1.0]), None)
+    for drop in (False, True):
+        numbers = reference.forward(*args, 0.1, 0.2, 0.0, 80.0, 0.0, 1.0, 1.0, drop)
+        with pytest.raises(NonFiniteError, match="though the inputs are finite: loss = inf"):
+            BranchPolicyLoss(numbers, 2, 1.0, "old", None).check()
+
+
+@each_backend
+def test_no_clip_at_all_is_the_same_everywhere(backend: str) -> None:
+    """GPU kernels take float32 numbers: a bound beyond them must not become NaN."""
+    s, old, A = torch.tensor([0.5, -1.0, 2.0]), torch.zeros(3), torch.tensor([1.0, -1.0, 2.0])
+    loss = lambda high: runs(
+        lambda: (
+            branch_policy_loss(
+                s, old, A, objective=ContrastiveObjective(clip_range_high=high), backend=backend
+            ).numbers
+        )
+    )
+    assert torch.equal(loss(1e300), loss(1e6)) and loss(1e300).isfinite().all()
+
+
+@each_backend
+def test_a_gradient_that_overflows_its_dtype_is_an_error(backend: str) -> None:
+    if backend == "cpu":
+        pytest.skip("takes no float16")
+    pred = torch.tensor([[[10.0]], [[-10.0]]], dtype=torch.float16, requires_grad=True)
+    args = (torch.zeros(2, 1, 1).half(), torch.ones(1), torch.tensor([-100.0, -100.0]))
+    A = torch.tensor([1e6, -1e6])
+    with pytest.raises(NonFiniteError, match=r"pred_grad is out of .*float16 in rows \[0, 1\]"):
+        runs(lambda: tve_grpo_loss(pred, *args, A, backend=backend))
+    fine = runs(lambda: tve_grpo_loss(pred, *args, A / 1e3, backend=backend))
+    assert fine.pred_grad.isfinite().all() and fine.pred_grad.any()
+    kappa = torch.tensor([1e5, 1e-5])
+    with pytest.raises(NonFiniteError, match=r"the gradient is out of .* rows \[0\]: kappa is up"):
+        runs(lambda: velocity_gradient(pred[:, 0], args[0][:, 0], 1.0, kappa, backend=backend))
+    # Where nothing looks at once, `check` does.
+    object.__setattr__(fine, "source", (pred, torch.full_like(pred, INF)))
+    with pytest.raises(NonFiniteError, match="pred_grad is out of"):
+        fine.check()
+
+
+@each_backend
+def test_energies_that_overflow_name_what_makes_them(backend: str) -> None:
+    x, zero, s = torch.ones(2, 1, 4), torch.zeros(2, 1, 4), torch.zeros(2)
+    energies = r"energies must be finite, got \[inf(, inf)?\] for branches \[(0, )?1\]: "
+    for pred, weight, match in (
+        (x, 1e39, energies + r"torch.float32 does not hold them, of step_weights up to 1e[+]39"),
+        (1e25 * x, 1.0, energies + r".* residuals up to 1e[+]25"),
+        (torch.stack([x[0], x[1] * INF]), 1.0, energies + "pred is not finite there"),
+    ):
+        weights = torch.tensor([weight], dtype=torch.float64)
+        with pytest.raises(NonFiniteError, match=match):
+            runs(lambda p=pred, w=weights: tve_grpo_loss(p, zero, w, s, s, backend=backend))
+
+
+def test_fused_advantages_that_overflow_are_named() -> None:
+    far = torch.tensor([1.0, 2.0, -1e4], dtype=torch.float16)
+    with pytest.raises(NonFiniteError, match=r"fused advantage must be finite, got \[-inf\] .*2"):
+        fuse_advantages(far, local_weight=1e3, mode="none", clamp=None)
+    assert fuse_advantages(far, local_weight=1e3, mode="none").tolist() == [2.5, 2.5, -2.5]
+
+
+# Energies handed over as scores
+@each_backend
+def test_energies_turn_their_sign_inside(backend: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    e, old, ref = torch.rand(3, 5, generator=g)
+    A = torch.randn(5, generator=g)
+    leaf, scores = e.clone().requires_grad_(), (-e).requires_grad_()
+    by_energy = runs(
+        lambda: branch_policy_loss(
+            energies=leaf, old_energies=old, advantages=A, ref_energies=ref, backend=backend
+        )
+    )
+    by_score = branch_policy_loss(scores, -old, A, -ref, backend=backend)
+    assert torch.equal(by_energy.numbers, by_score.numbers)
+    assert by_energy.kl_reference == "given"
+    by_energy.loss.backward()
+    by_score.loss.backward()
+    assert torch.equal(leaf.grad, -scores.grad)
+    assert torch.equal(by_energy.score_grad, by_score.score_grad)
+    mixed = branch_policy_loss(scores, advantages=A, old_energies=old, ref_scores=-ref)
+    assert torch.equal(mixed.loss, branch_policy_loss(scores, -old, A, -ref).loss)
+
+    pred, target, w = torch.randn(5, 2, 7, generator=g), torch.zeros(5, 2, 7), torch.ones(2)
+    a = tve_grpo_loss(pred, target, w, advantages=A, old_energies=old, ref_energies=ref)
+    b = tve_grpo_loss(pred, target, w, -old, A, -ref)
+    assert torch.equal(a.numbers, b.numbers) and a.kl_reference == "given"
+    same = tve_grpo_loss(pred, target, w, advantages=A, old_energies=b.energies)
+    assert torch.equal(same.ratio, torch.ones(5))
+
+
+def test_wrong_energies_are_named_as_they_were_given() -> None:
+    s, nan = torch.zeros(2), torch.tensor([0.0, NAN])
+    refuses(
+        r"^energies must be finite, got \[nan\] for branches \[1\]",
+        lambda: branch_policy_loss(energies=nan, old_scores=s, advantages=s),
+    )
+    for name in ("old_energies", "ref_energies"):
+        given = {"old_energies": s, name: nan}
+        refuses(
+            rf"^{name} must be finite, got \[nan\] for branches \[1\]",
+            lambda given=given: branch_policy_loss(s, advantages=s, **given),
+        )
+        dropped = branch_policy_loss(s, advantages=s, nonfinite="drop", **given)  # type: ignore[arg-type]
+        assert dropped.dropped == 1
+    with pytest.warns(UserWarning, match="old_energies requires grad") as seen:
+        branch_policy_loss(s, advantages=s, old_energies=s.clone().requires_grad_())
+    assert [Path(w.filename) for w in seen] == [Path(__file__)]
+
+
+def test_energies_for_scores_are_suspected() -> None:
+    x = (torch.ones(3, 1, 4), torch.zeros(3, 1, 4), torch.tensor([0.5]))
+    A = torch.tensor([1.0, 0.0, -1.0])
+    e = tve_grpo_loss(*x, advantages=A, old_energies=torch.ones(3)).energies
+    for old, ref, name in ((e, None, "old"), (-e, e, "ref")):
+        for call in (
+            lambda old=old, ref=ref: tve_grpo_loss(*x, old, A, ref),
+            lambda old=old, ref=ref: branch_policy_loss(-e, old, A, ref),
+            # The other way round: scores handed over as energies.
+            lambda old=old, ref=ref: branch_policy_loss(
+                -e, advantages=A, old_energies=-old, ref_energies=None if ref is None else -ref
+            ),
+        ):
+            with pytest.warns(UserWarning, match=f"{name}_scores are all positive, 0.5 to") as seen:
+                call()
+            assert [Path(w.filename) for w in seen] == [Path(__file__)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for scores in (-e, e, torch.tensor([-1.0, 0.0, 1.0])):  # any will do for a softmax
+            branch_policy_loss(scores, -e, A, -e)
+            branch_policy_loss(e, scores, A)
+            branch_policy_loss(torch.tensor([-1.0, 0.0, 1.0]), scores, A)
 
 
 # 30: what torch wraps around a call
