@@ -5,8 +5,7 @@ import sys
 
 from kvpo_trainer import console
 
-# Rough microseconds times a hundred; the default is 300,000.
-_SPINS = "10000"
+_SPINS = "3000"  # some 30 microseconds; GNU's default is 300,000
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 

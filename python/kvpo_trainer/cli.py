@@ -320,7 +320,7 @@ def _train(options: argparse.Namespace, config: RunConfig) -> int:
 
             session.train_loop(trainer, out, config, show)
         after = _evaluation(trainer.policy, weights, config, prompts, "after")
-        _write_report(options, config, trainer, before, after, prompts, last, started)
+        _write_report(options, config, trainer, before, after, prompts, last, started, weights)
     return 0
 
 
@@ -342,6 +342,7 @@ def _write_report(
     prompts: Sequence[Prompt],
     last: Sequence[StepResult],
     started: float,
+    weights: Weights,
 ) -> None:
     out: Path = options.out
     rows = report.comparison(before, after)
@@ -349,6 +350,7 @@ def _write_report(
     record = [dict(zip(keys, row, strict=True)) for row in rows]
     metrics = session.read_metrics(out / "metrics.jsonl")
     facts = {
+        "weights": f"{weights.checksum} (what the run began with)",
         "rollouts": str(trainer.step_index),
         "prompts per rollout": str(config.kvpo.prompts_per_step),
         "branches": str(config.kvpo.routing.num_branches),

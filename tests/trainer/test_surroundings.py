@@ -493,7 +493,7 @@ def test_the_policy_reaches_the_runtime_and_the_version_is_told() -> None:
     out, error = done.stdout, done.stderr
     assert done.returncode == 0
     assert out.split()[0] == b"kvpo-train" and out.split()[1][:1].isdigit()
-    assert b"OMP_WAIT_POLICY = 'PASSIVE'" in error and b"GOMP_SPINCOUNT = '10000'" in error
+    assert b"OMP_WAIT_POLICY = 'PASSIVE'" in error and b"GOMP_SPINCOUNT = '3000'" in error
 
 
 def test_help_has_examples_that_parse(capsys: pytest.CaptureFixture[str]) -> None:
