@@ -6,6 +6,7 @@ name, flushed to disk and renamed, so that a folder of that name is complete or 
 later, which the checksums show. Nothing is unpickled and no path is taken from a file's content.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -103,9 +104,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: naming the file that is missing, truncated or changed.
     """
-    manifest_path, state_path = path / MANIFEST, path / STATE
+    counters, config, size, digest = _read_manifest(path / MANIFEST)
+    return Checkpoint(load_tensors(path / STATE, size, digest), counters, config, path)
+
+
+def _read_manifest(path: Path) -> tuple[dict[str, int], dict[str, Any], int, str]:
+    """Counters, configuration, and size and checksum of the state."""
     try:
-        manifest = json.loads(manifest_path.read_bytes())
+        manifest = json.loads(path.read_bytes())
         entry = manifest["files"][STATE]
         size, digest = int(entry["bytes"]), str(entry["sha256"])
         counters = {str(k): int(v) for k, v in manifest["counters"].items()}
@@ -113,13 +119,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
         known = manifest["format"] == FORMAT
         whole = known and manifest.pop("sha256") == _digest(manifest)
     except MALFORMED as error:
-        raise CheckpointError(f"{manifest_path}: no readable manifest ({error})") from error
+        raise CheckpointError(f"{path}: no readable manifest ({error})") from error
     if not known:
-        raise CheckpointError(f"{manifest_path}: format {manifest['format']}, expected {FORMAT}")
+        raise CheckpointError(f"{path}: format {manifest['format']}, expected {FORMAT}")
     if not whole:
-        raise CheckpointError(f"{manifest_path}: sha256 differs: the file is damaged")
-    tensors = load_tensors(state_path, size, digest)
-    return Checkpoint(tensors, counters, config, path)
+        raise CheckpointError(f"{path}: sha256 differs: the file is damaged")
+    return counters, config, size, digest
 
 
 def load_tensors(
@@ -174,6 +179,18 @@ def latest_checkpoint(folder: Path, strict: bool = False) -> Checkpoint | None:
     return None
 
 
+def newest_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration in the newest readable manifest, None if there is none.
+
+    The state beside it is not read: all checkpoints of a run have one configuration, but for the
+    run's length and surroundings.
+    """
+    for path in reversed(_complete(folder)):
+        with contextlib.suppress(CheckpointError):
+            return _read_manifest(path / MANIFEST)[1]
+    return None
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove what a killed process left half-written."""
     for path in folder.glob("step-*.tmp-*") if folder.is_dir() else ():
@@ -210,6 +227,8 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(path: Path) -> None:
+    if os.name == "nt":  # a folder cannot be opened there
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

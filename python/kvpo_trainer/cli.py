@@ -1,19 +1,19 @@
 """`kvpo-train`: pretrain, train, evaluate, sample, diversity, verify."""
 
 import argparse
+import io
 import json
 import logging
-import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from kvpo_trainer import diversity, report, session, verify
+from kvpo_trainer import console, diversity, report, session, verify
 from kvpo_trainer.checkpoint import CheckpointError, latest_checkpoint
 from kvpo_trainer.config import (
     ConfigurationError,
@@ -22,54 +22,95 @@ from kvpo_trainer.config import (
     from_mapping,
     load_config,
     of_weights,
+    whole_number,
 )
 from kvpo_trainer.data import Prompt, split_prompts
 from kvpo_trainer.evaluation import Evaluation, evaluate
+from kvpo_trainer.files import write_whole
 from kvpo_trainer.generator import Generator
 from kvpo_trainer.pretrain import pretrain
+from kvpo_trainer.progress import Progress
 from kvpo_trainer.rewards import HEADS, train_reward_models
 from kvpo_trainer.rollout import check_routing
+from kvpo_trainer.signals import Interrupted, raised
 from kvpo_trainer.update import StepResult, Trainer
+from kvpo_trainer.video import EncoderMissing, check_encoder, mp4
 from kvpo_trainer.weights import SHIPPED, Weights, fill, load_weights, save_weights
 
+log = logging.getLogger(__name__)
 CONFIGS = Path(__file__).parent / "configs"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    options = _parser().parse_args(arguments)
+    with console.telling():
+        logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+        options = _parser().parse_args(arguments)
+        try:
+            with raised():
+                code = _run(options)
+            lost = console.lost_output()
+            if lost is not None and options.told and getattr(options, "record", None) is None:
+                raise OSError(f"the result, which is in no file, could not be written: {lost}")
+            return code
+        except Interrupted as stop:
+            print(f"kvpo-train: {stop}", file=sys.stderr)
+            return stop.exit_code
+        except KeyboardInterrupt:
+            print("kvpo-train: interrupted", file=sys.stderr)
+            return 130
+        except (
+            CheckpointError,
+            session.RunError,
+            verify.VerifyError,
+            EncoderMissing,
+            ValueError,
+            OSError,
+        ) as error:
+            print(f"kvpo-train: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = _config(options)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    code: int = options.run(options, config)
+    return code
+
+
+_EXAMPLES = """examples:
+  kvpo-train train --config demo --out runs/first       three minutes, and a report
+  kvpo-train train --out runs/first --resume            go on where it was stopped
+  kvpo-train train --out runs/second --set train.iterations=20 --set kvpo.rewards.vq=0
+  kvpo-train evaluate --checkpoint runs/first
+  kvpo-train sample "a 3 moves left slowly, then turns up" --checkpoint runs/first --out clips
+  kvpo-train COMMAND --help                             its options
+"""
+
+
+def _version() -> str:
     try:
-        config = _config(options)
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        code: int = options.run(options, config)
-        return code
-    except session.Interrupted as stop:
-        print(f"{stop}; --resume goes on", file=sys.stderr)
-        return stop.exit_code
-    except KeyboardInterrupt:
-        print("kvpo-train: interrupted", file=sys.stderr)
-        return 130
-    except (
-        ConfigurationError,
-        CheckpointError,
-        session.RunError,
-        verify.VerifyError,
-        ValueError,
-        OSError,
-    ) as error:
-        print(f"kvpo-train: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return metadata.version("kvpo_kernels")
+    except metadata.PackageNotFoundError:
+        return "of a source tree that is not installed"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kvpo-train", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+    parser = argparse.ArgumentParser(
+        prog="kvpo-train",
+        description=__doc__,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
+    def command(name: str, run: object, text: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=f"example: kvpo-train {name} {example}"
+        )
+        sub.set_defaults(run=run, told=False)
         sub.add_argument(
             "--config",
             help=f"a YAML file, or one of the shipped: {', '.join(_shipped_configs())}",
@@ -79,10 +120,13 @@ def _parser() -> argparse.ArgumentParser:
         )
         return sub
 
-    def policy_of(sub: argparse.ArgumentParser, done: str) -> None:
+    def weights_of(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
-            "--weights", type=Path, default=SHIPPED, help="folder of `pretrain`; the shipped one"
+            "--weights", type=Path, help="folder of `pretrain`; the run's own, or the shipped one"
         )
+
+    def policy_of(sub: argparse.ArgumentParser, done: str) -> None:
+        weights_of(sub)
         sub.add_argument(
             "--checkpoint", type=Path, help=f"run folder whose newest policy is {done}"
         )
@@ -90,35 +134,71 @@ def _parser() -> argparse.ArgumentParser:
             "--average", action="store_true", help="of the run, the average of its weights"
         )
 
-    sub = command("pretrain", _pretrain, "train generator, reward models and judge from a seed")
-    sub.add_argument("--out", type=Path, required=True, help="folder of the weights")
-    sub = command("train", _train, "align the generator by KVPO, and report")
-    sub.add_argument("--out", type=Path, required=True, help="run folder")
-    sub.add_argument(
-        "--weights", type=Path, default=SHIPPED, help="folder of `pretrain`; the shipped one"
+    sub = command(
+        "pretrain",
+        _pretrain,
+        "train generator, reward models and judge from a seed",
+        "--out runs/weights",
     )
-    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    sub.add_argument("--out", type=Path, required=True, help="folder of the weights")
+    sub = command(
+        "train",
+        _train,
+        "align the generator by KVPO, and report",
+        "--out runs/first --set train.iterations=20",
+    )
+    sub.add_argument("--out", type=Path, required=True, help="run folder")
+    weights_of(sub)
+    sub.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the newest checkpoint, with the run's own configuration",
+    )
     sub.add_argument(
         "--strict-resume",
         action="store_true",
         help="--resume, but a damaged newest one is an error",
     )
     sub.add_argument("--figure", type=Path, help="also write the README's figure there")
-    sub = command("evaluate", _evaluate, "score weights or a run on held-out prompts")
+    sub = command(
+        "evaluate",
+        _evaluate,
+        "score weights or a run on held-out prompts",
+        "--checkpoint runs/first",
+    )
+    sub.set_defaults(told=True)
     policy_of(sub, "scored")
-    sub = command("sample", _sample, "write a GIF for each prompt")
+    sub = command(
+        "sample",
+        _sample,
+        "write a clip for each prompt",
+        '"a 3 moves left slowly, then turns up" --out clips',
+    )
     sub.add_argument("prompts", nargs="+", help='such as "a 3 moves left slowly, then turns up"')
-    sub.add_argument("--out", type=Path, required=True, help="folder of the GIFs")
+    sub.add_argument("--out", type=Path, required=True, help="folder of the clips")
+    sub.add_argument(
+        "--format",
+        choices=("gif", "mp4"),
+        default="gif",
+        help="gif; mp4 takes an encoder, pip install 'kvpo_kernels[video]'",
+    )
     policy_of(sub, "sampled")
-    sub = command("diversity", _diversity, "how different the branches are, beside other noise")
+    sub = command(
+        "diversity",
+        _diversity,
+        "how different the branches are, beside other noise",
+        "--config first_block --rollouts 5",
+    )
+    sub.set_defaults(told=True)
     policy_of(sub, "rolled out")
-    sub.add_argument("--rollouts", type=int, default=20, help="how many; 20")
+    sub.add_argument("--rollouts", type=_count, default=20, help="how many; 20")
     sub.add_argument("--record", type=Path, help="also write the numbers there")
     sub = command(
         "verify",
         _verify,
         "does it learn: signed test and shuffled-advantage control, from the shipped weights; about"
         " 25 minutes on two cores",
+        "--out runs/verify --seeds 3",
     )
     sub.add_argument(
         "--out",
@@ -126,14 +206,26 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("runs/verify"),
         help="folder of the arms' results, which are not run again; runs/verify",
     )
-    sub.add_argument("--seeds", type=int, default=3, help="training seeds, at least 2; 3")
-    sub.add_argument("--processes", type=int, default=2, help="arms at a time; 2")
+    sub.add_argument("--seeds", type=_count, default=3, help="training seeds, at least 2; 3")
+    sub.add_argument("--processes", type=_count, default=2, help="arms at a time; 2")
     sub.add_argument("--record", type=Path, help="also write the summary there")
-    sub = command("verify-arm", _verify_arm, "one arm of `verify`, which runs it")
+    sub = command(
+        "verify-arm",
+        _verify_arm,
+        "one arm of `verify`, which runs it",
+        "--arm plus --seed 1 --out plus-1.json",
+    )
     sub.add_argument("--arm", choices=(*verify.ARMS, verify.START), required=True)
-    sub.add_argument("--seed", type=int, required=True)
+    sub.add_argument("--seed", type=_count, required=True)
     sub.add_argument("--out", type=Path, required=True)
     return parser
+
+
+def _count(text: str) -> int:
+    try:
+        return whole_number(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _shipped_configs() -> list[str]:
@@ -145,75 +237,95 @@ def _config(options: argparse.Namespace) -> RunConfig:
     if options.config is not None:
         shipped = CONFIGS / f"{options.config}.yaml"
         path = shipped if options.config in _shipped_configs() else Path(options.config)
-    return load_config(path, options.set)
+    base = session.stored_config(options.out) if _resumes(options) else None
+    return load_config(path, options.set, base)
+
+
+def _resumes(options: argparse.Namespace) -> bool:
+    return getattr(options, "resume", False) or getattr(options, "strict_resume", False)
+
+
+def _weights(options: argparse.Namespace, run: Path | None) -> Weights:
+    """The weights that are named, else those that the run began with, else the shipped ones."""
+    record = None if run is None else session.recorded_weights(run)
+    folder = options.weights or (None if record is None else record[0]) or SHIPPED
+    try:
+        weights = load_weights(folder)
+    except CheckpointError as error:
+        if record is None or options.weights is not None:
+            raise
+        raise CheckpointError(f"the weights that {run} began with, --weights: {error}") from error
+    # Another's policy may be scored by models that are named; what goes on is with its own.
+    asked = options.weights is not None and not _resumes(options)
+    if record is not None and not asked and weights.checksum != record[1]:
+        raise session.RunError(
+            f"{run} began with other weights: pass the same --weights, not {folder}"
+        )
+    return weights
 
 
 def _pretrain(options: argparse.Namespace, config: RunConfig) -> int:
     options.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before it all
-    print("reward models and judge")
+    print("reward models and judge", flush=True)
     reward_model, judge = train_reward_models(config.data, config.seed)
-    bar = tqdm(total=config.pretrain.steps, desc="generator", unit="step")
+    with Progress("generator", "step", config.pretrain.steps) as progress:
 
-    def show(step: int, metrics: dict[str, float], average: Generator) -> None:
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-        bar.update()
+        def show(step: int, metrics: dict[str, float], average: Generator) -> None:
+            progress.step(loss=metrics["loss"])
 
-    generator = pretrain(config.generator, config.data, config.pretrain, config.seed, show)
-    bar.close()
-    save_weights(options.out, generator, reward_model, judge, config)
+        generator = pretrain(config.generator, config.data, config.pretrain, config.seed, show)
+        save_weights(options.out, generator, reward_model, judge, config)
     print(f"weights in {options.out}")
     return 0
 
 
 def _train(options: argparse.Namespace, config: RunConfig) -> int:
     started = time.perf_counter()
-    weights = load_weights(options.weights)
+    out: Path = options.out
+    weights = _weights(options, out if _resumes(options) else None)
     weights.generator.history = config.history
     config = of_weights(config, weights.config)
     if options.figure is not None:
         _check_figure(options.figure)
     train, held_out = split_prompts()
     prompts = held_out[: config.train.evaluation_prompts]
-    out: Path = options.out
     with session.run_folder(out):
         trainer = Trainer(weights.generator, weights.reward_model, train, config.kvpo, config.seed)
         resumed = False
-        if options.resume or options.strict_resume:
+        if _resumes(options):
             resumed = session.resume(trainer, out, config, options.strict_resume)
             if not resumed:
                 print("nothing to resume: starting anew")
-            elif trainer.step_index >= config.train.iterations and (out / "report.html").exists():
+            elif trainer.step_index >= config.train.iterations and _reported(out):
                 print(f"nothing left to do: all {trainer.step_index} rollouts are done, see {out}")
                 return 0
         elif any((out / "checkpoints").glob("step-*")):
             raise session.RunError(f"{out} holds a run: pass --resume, or another --out")
         if not resumed:
             (out / "metrics.jsonl").unlink(missing_ok=True)  # of a run that never saved
+            session.record_weights(out, options.weights, weights.checksum)
         if options.figure is not None:
             options.figure.parent.mkdir(parents=True, exist_ok=True)
         before = _evaluation(trainer.initial, weights, config, prompts, "before")
         limit = config.train.minutes
         last: list[StepResult] = []
-        with tqdm(
-            total=None if limit else config.train.iterations,
-            initial=trainer.step_index,
-            desc=f"KVPO, {limit:g} minutes" if limit else "KVPO",
-            unit="rollout",
-        ) as bar:
+        what = f"KVPO, {limit:g} minutes" if limit else "KVPO"
+        total = None if limit else config.train.iterations
+        with Progress(what, "rollout", total, trainer.step_index) as progress:
 
             def show(result: StepResult) -> None:
-                m = result.metrics
-                bar.set_postfix(
-                    {head: f"{m[f'{head}_branches']:.3f}" for head in HEADS}
-                    | {"reward": f"{m['reward_branches']:.3f}"}
-                )
-                bar.update()
                 last[:] = [result]
+                shown = {head: result.metrics[f"{head}_branches"] for head in (*HEADS, "reward")}
+                progress.step(**shown)
 
             session.train_loop(trainer, out, config, show)
         after = _evaluation(trainer.policy, weights, config, prompts, "after")
         _write_report(options, config, trainer, before, after, prompts, last, started, weights)
     return 0
+
+
+def _reported(out: Path) -> bool:
+    return all((out / name).exists() for name in ("evaluation.json", "report.html"))
 
 
 def _check_figure(path: Path) -> None:
@@ -234,14 +346,8 @@ def _write_report(
 ) -> None:
     out: Path = options.out
     rows = report.comparison(before, after)
-    print(f"\nheld-out prompts, {trainer.step_index} rollouts, paired change with 95 % interval")
-    for name, was, now, change, half in rows:
-        word = report.verdict(change, half)
-        print(f"  {name:13}{was:7.3f} ->{now:7.3f}   {change:+.4f} ± {half:.4f}   {word}")
-    print("  a change is not yet learning: `kvpo-train verify` runs the controls")
     keys = ("measure", "before", "after", "change", "half_width_95")
     record = [dict(zip(keys, row, strict=True)) for row in rows]
-    (out / "evaluation.json").write_text(json.dumps(record, indent=1))
     metrics = session.read_metrics(out / "metrics.jsonl")
     facts = {
         "weights": f"{weights.checksum} (what the run began with)",
@@ -252,20 +358,49 @@ def _write_report(
         "torch": torch.__version__,
         "minutes": f"{(time.perf_counter() - started) / 60:.1f}",
     }
-    page = report.render(
-        "KVPO run",
-        dump_yaml(config),
-        facts,
-        metrics,
-        before,
-        after,
-        prompts,
-        last[0] if last else None,
-    )
-    (out / "report.html").write_text(page, encoding="utf-8")
-    print(f"report: {(out / 'report.html').resolve()}")
+
+    def page() -> str:
+        return report.render(
+            "KVPO run",
+            dump_yaml(config),
+            facts,
+            metrics,
+            before,
+            after,
+            prompts,
+            last[0] if last else None,
+        )
+
+    def figure() -> bytes:
+        buffer = io.BytesIO()
+        made = report.readme_figure(metrics, before, after)
+        made.savefig(buffer, format=options.figure.suffix[1:], dpi=130)
+        return buffer.getvalue()
+
+    contents: dict[Path, Callable[[], str | bytes]] = {
+        out / "evaluation.json": lambda: json.dumps(record, indent=1),
+        out / "report.html": page,
+    }
     if options.figure is not None and metrics:
-        report.readme_figure(metrics, before, after).savefig(options.figure, dpi=130)
+        contents[options.figure] = figure
+    missing = []
+    for path, make in contents.items():  # one that fails does not take the others with it
+        try:
+            write_whole(path, make())
+        except Exception as error:
+            log.error("%s not written: %s", path, error, exc_info=not isinstance(error, OSError))
+            missing.append(str(path))
+    print(f"\nheld-out prompts, {trainer.step_index} rollouts, paired change with 95 % interval")
+    for name, was, now, change, half in rows:
+        word = report.verdict(change, half)
+        print(f"  {name:13}{was:7.3f} ->{now:7.3f}   {change:+.4f} ± {half:.4f}   {word}")
+    print("  a change is not yet learning: `kvpo-train verify` runs the controls")
+    if missing:
+        raise session.RunError(
+            f"could not be written: {', '.join(missing)}; the policy is saved, --resume writes what"
+            " is missing"
+        )
+    print(f"report: {(out / 'report.html').resolve()}")
 
 
 def _evaluation(
@@ -275,7 +410,9 @@ def _evaluation(
     prompts: Sequence[Prompt],
     name: str,
 ) -> Evaluation:
-    print(f"evaluating {len(prompts)} held-out prompts ({name})", flush=True)
+    """Of held-out prompts, `name` says when; or samples of any prompts, for "" as name."""
+    n = f"{len(prompts)} {'held-out ' if name else ''}prompt{'s' if len(prompts) != 1 else ''}"
+    print(f"evaluating {n} ({name})" if name else f"sampling {n}", flush=True)
     return evaluate(
         generator,
         weights.reward_model,
@@ -288,7 +425,7 @@ def _evaluation(
 
 def _policy(options: argparse.Namespace, config: RunConfig) -> tuple[Weights, RunConfig]:
     """Weights, with the newest policy of a run in place of the generator where one is named."""
-    weights = load_weights(options.weights)
+    weights = _weights(options, options.checkpoint)
     if options.average and options.checkpoint is None:
         raise ConfigurationError("--average is of a run: give --checkpoint")
     if options.checkpoint is not None:
@@ -302,7 +439,7 @@ def _policy(options: argparse.Namespace, config: RunConfig) -> tuple[Weights, Ru
             fill(weights.generator, own, checkpoint.path)
         except CheckpointError as error:
             raise CheckpointError(
-                f"is it a run of {options.weights} (--weights)? {error}"
+                f"is it a run of {options.weights or 'the shipped weights'} (--weights)? {error}"
             ) from error
         # A run is judged as it was trained, but for what the command line says.
         run, default = from_mapping(RunConfig, checkpoint.config), RunConfig()
@@ -326,12 +463,16 @@ def _evaluate(options: argparse.Namespace, config: RunConfig) -> int:
 
 def _sample(options: argparse.Namespace, config: RunConfig) -> int:
     prompts = [Prompt.parse(text) for text in options.prompts]
+    if options.format == "mp4":
+        check_encoder()
     weights, config = _policy(options, config)
     options.out.mkdir(parents=True, exist_ok=True)
-    result = _evaluation(weights.generator, weights, config, prompts, "sampling")
+    result = _evaluation(weights.generator, weights, config, prompts, "")
+    encode = mp4 if options.format == "mp4" else report.gif
     for i, prompt in enumerate(prompts):
-        path = options.out / f"{i:02d}-{prompt.text.replace(',', '').replace(' ', '-')}.gif"
-        path.write_bytes(report.gif(result.videos[i]))
+        name = prompt.text.replace(",", "").replace(" ", "-")
+        path = options.out / f"{i:02d}-{name}.{options.format}"
+        write_whole(path, encode(result.videos[i]))
         print(path)
     return 0
 
@@ -353,10 +494,12 @@ def _diversity(options: argparse.Namespace, config: RunConfig) -> int:
     )
     of = weights.checksum if options.checkpoint is None else str(options.checkpoint)
     summary = diversity.summarise(found, config, of)
-    if options.record is not None:
-        options.record.parent.mkdir(parents=True, exist_ok=True)
-        options.record.write_text(json.dumps(summary, indent=1) + "\n")
-    print(diversity.table(summary))
+    try:
+        if options.record is not None:
+            options.record.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(options.record, json.dumps(summary, indent=1) + "\n")
+    finally:
+        print(diversity.table(summary))
     return 0
 
 
@@ -372,22 +515,19 @@ def _verify(options: argparse.Namespace, config: RunConfig) -> int:
     passed_on = ["--config", options.config] if options.config else []
     passed_on += [word for override in options.set for word in ("--set", override)]
     command = verify.arm_command(passed_on)
-    # What ends this process must end the arms.
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        results = verify.run_all(
-            command, seeds, options.out, config, weights.checksum, options.processes
-        )
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    results = verify.run_all(
+        command, seeds, options.out, config, weights.checksum, options.processes
+    )
     summary = verify.summarise(results, seeds, config)
     summary["minutes"] = round((time.perf_counter() - started) / 60, 1)
     text = json.dumps(summary, indent=1)
-    for path in (options.out / "summary.json", options.record):
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text + "\n")
-    print(verify.table(summary))
+    try:
+        for path in (options.out / "summary.json", options.record):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, text + "\n")
+    finally:
+        print(verify.table(summary))
     return 0 if summary["passed"] else 1
 
 

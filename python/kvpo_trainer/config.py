@@ -173,8 +173,13 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> l
     return found
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: Path | None, overrides: Sequence[str] = (), base: Mapping[str, Any] | None = None
+) -> RunConfig:
     """The configuration of a YAML file, with `a.b=value` overrides on top.
+
+    Args:
+        base: what holds where neither says anything, a mapping of `to_mapping`; else the defaults.
 
     Raises:
         ConfigurationError: naming file or key, value and what is allowed.
@@ -198,7 +203,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
                 raise ConfigurationError(f"{key}: {parent} is a value, not a section")
             at = below
         at[leaf] = _parse(value, override, mapping=False)
-    return from_mapping(RunConfig, values)
+    return from_mapping(RunConfig, values if base is None else _over(base, values))
 
 
 def from_mapping(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
@@ -238,11 +243,38 @@ def routing_text(routing: Mapping[str, Any]) -> str:
     return ", ".join(f"{k} {v}" for k, v in routing.items() if k != "num_branches")
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-4 is a number, as in YAML 1.2, and a key may come once only.
+_NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
+_BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z")
+_INT = re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)\Z")
+_FLOAT = re.compile(
+    r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
+)
 
-    No aliases: a few lines of them stand for a value of any size.
+
+def whole_number(text: str) -> int:
+    """An integer as YAML 1.2 writes it: decimal, `0o17` or `0xff`; leading zeros mean nothing.
+
+    Raises:
+        ValueError: it is written otherwise, as `1_000` or `1:00`.
     """
+    if not _INT.match(text):
+        raise ValueError(f"{text!r} is not an integer; {_AS_YAML}")
+    bases = {"0o": 8, "0x": 16}
+    return int(text, bases.get(text[:2], 10))
+
+
+_AS_YAML = "numbers are those of YAML 1.2, such as 12, 0o14, 0xc, 1.5, 1e-4"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with the core schema of YAML 1.2 (its section 10.3.2), and a key once only.
+
+    PyYAML's own is that of 1.1, where 010 is 8, 1:00 is 60, 1_0 is 10, 1e-4 is text, and yes and
+    off are booleans. No aliases: a few lines of them stand for a value of any size.
+    """
+
+    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 - none of PyYAML's own
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -256,16 +288,45 @@ class _Loader(yaml.SafeLoader):
             raise yaml.YAMLError(f"{', '.join(sorted(twice))} given twice{node.start_mark}")
         return super().construct_mapping(node, deep)
 
+    def _whole(self, node: yaml.ScalarNode) -> int:
+        return whole_number(self.construct_scalar(node))
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
-    list("-+.0123456789"),
-)
+    def _floating(self, node: yaml.ScalarNode) -> float:
+        text = self.construct_scalar(node)
+        if not _FLOAT.match(text):
+            raise ValueError(f"{text!r} is not a number; {_AS_YAML}")
+        return float(re.sub(r"\.(?=[iInN])", "", text))
+
+    def _truth(self, node: yaml.ScalarNode) -> bool:
+        text = self.construct_scalar(node)
+        if not _BOOL.match(text):
+            raise ValueError(f"{text!r} is not true or false")
+        return text.lower() == "true"
+
+
+# An explicit tag, as in `!!int 010`, goes the same way as a plain value.
+for _name, _pattern, _first, _construct in (
+    ("null", _NULL, ["~", "n", "N", ""], _Loader.construct_yaml_null),
+    ("bool", _BOOL, list("tTfF"), _Loader._truth),
+    ("int", _INT, list("-+0123456789"), _Loader._whole),
+    ("float", _FLOAT, list("-+.0123456789"), _Loader._floating),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_name}", _construct)
 
 
 # PyYAML lets through what its constructors raise, as for `!!int x`, `!!bool x` and `!!timestamp x`.
 _YAML_ERRORS = (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError)
+
+
+def _over(base: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values over those of `base`, section by section."""
+    merged = dict(base)
+    for key, value in values.items():
+        below = merged.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = _over(below, value) if both else value  # type: ignore[arg-type]
+    return merged
 
 
 def _parse(text: str, source: str, mapping: bool = True) -> Any:
@@ -303,8 +364,13 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         except OverflowError:
             value = math.inf
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        hint = ""
+        if kind in (int, float) and isinstance(value, str) and re.match(r"[-+.]*[0-9]", value):
+            hint = f"; {_AS_YAML}"
+        elif kind is bool and isinstance(value, str):
+            hint = "; of the words only true and false are booleans"
         raise ConfigurationError(
-            f"{where} must be {kind.__name__}, got {value!r} ({type(value).__name__})"
+            f"{where} must be {kind.__name__}, got {value!r} ({type(value).__name__}){hint}"
         )
     if kind is float and not math.isfinite(value):
         raise ConfigurationError(f"{where} must be a finite number, got {value}")

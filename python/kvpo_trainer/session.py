@@ -1,20 +1,17 @@
 """A run folder and the loop that fills it: lock, metrics, checkpoints, signals.
 
-<out>/config.yaml  metrics.jsonl  evaluation.json  checkpoints/  report.html
+<out>/config.yaml  weights.json  metrics.jsonl  evaluation.json  checkpoints/  report.html
 """
 
 import contextlib
-import fcntl
+import errno
 import json
 import logging
 import math
 import os
-import signal
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -23,10 +20,21 @@ from kvpo_kernels.errors import KvpoError
 from kvpo_trainer.checkpoint import (
     CheckpointError,
     latest_checkpoint,
+    newest_config,
     remove_leftovers,
     save_checkpoint,
 )
-from kvpo_trainer.config import RunConfig, differences, dump_yaml, to_mapping
+from kvpo_trainer.config import (
+    ConfigurationError,
+    RunConfig,
+    differences,
+    dump_yaml,
+    from_mapping,
+    to_mapping,
+)
+from kvpo_trainer.files import write_whole
+from kvpo_trainer.lock import LockError, locked
+from kvpo_trainer.signals import Interrupted, noted
 from kvpo_trainer.update import StepResult, Trainer
 
 log = logging.getLogger(__name__)
@@ -38,14 +46,6 @@ class RunError(RuntimeError):
     """The run cannot start or go on."""
 
 
-class Interrupted(Exception):
-    """A signal asked to stop; the state has been saved."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by signal {number}")
-        self.exit_code = 128 + number
-
-
 @contextlib.contextmanager
 def run_folder(out: Path) -> Iterator[Path]:
     """Make and lock a run's folder.
@@ -53,25 +53,33 @@ def run_folder(out: Path) -> Iterator[Path]:
     Raises:
         RunError: the folder cannot be written, or another live process has it.
     """
-    lock = out / "lock"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(out):
-            _take_lock(lock)
-    except OSError as error:
-        raise RunError(f"cannot write to {out}: {error}") from error
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out / "lock"))
+        except OSError as error:
+            raise RunError(f"cannot write to {out}: {error}") from error
+        except LockError as error:
+            raise RunError(str(error)) from error
         remove_leftovers(out / "checkpoints")
         yield out
-    finally:
-        lock.unlink(missing_ok=True)
 
 
 def write_metrics(path: Path, metrics: Mapping[str, Any]) -> None:
-    """Append one JSON line: always parseable, numbers that are not finite as strings."""
-    line = json.dumps({str(k): _plain(v) for k, v in metrics.items()}, allow_nan=False)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    """Append one JSON line: always parseable, numbers that are not finite as strings.
+
+    Raises:
+        OSError: the file is as it was, no part of a line is left in it.
+    """
+    data = _line(metrics).encode()
+    with path.open("ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except BaseException:
+            file.truncate(end)
+            raise
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -95,19 +103,22 @@ def train_loop(
 
     The resolved configuration is recorded first: a run that is refused before leaves no trace.
 
-    SIGTERM and SIGINT let the step finish, save and raise `Interrupted`; a second one ends the
-    process at once.
+    A signal that asks to end (`signals.ASKING`) lets the step finish, saves and raises
+    `Interrupted`; a second one ends the process at once. What is kept is written before `on_step`,
+    which only tells: what it raises is logged, once. Metrics that a full disk does not take are
+    written when it does.
 
     Raises:
         Interrupted: after a signal.
         RunError: a rollout's numbers are refused, as where the policy has diverged; several saves
             in a row failed, or the last one.
     """
-    (out / "config.yaml").write_text(dump_yaml(config))
+    _record(out / "config.yaml", dump_yaml(config))
     started, done, failures = time.perf_counter(), 0, 0
     limit = config.train.minutes * 60 or math.inf
-    longest = 0.0
-    with _signals() as stop:
+    longest, shown = 0.0, True
+    unwritten: list[Mapping[str, Any]] = []
+    with noted() as stop:
         while trainer.step_index < config.train.iterations:
             before = time.perf_counter()
             if before - started + longest > limit:
@@ -118,21 +129,24 @@ def train_loop(
                 raise RunError(f"rollout {trainer.step_index + 1}: {error}") from error
             longest = max(longest, time.perf_counter() - before)
             done += 1
+            unwritten.append(result.metrics)
+            _write_all(out / "metrics.jsonl", unwritten)
+            if not stop and trainer.step_index % config.train.save_every == 0:
+                failures = 0 if _save(trainer, out, config) else failures + 1
             try:
-                write_metrics(out / "metrics.jsonl", result.metrics)
-            except OSError as error:
-                log.error("metrics not written, training goes on: %s", error)
-            on_step(result)
+                on_step(result)
+            except Exception as error:
+                if shown:
+                    log.warning("progress cannot be shown, training goes on: %r", error)
+                shown = False
             if stop:
                 break
-            if trainer.step_index % config.train.save_every == 0:
-                failures = 0 if _save(trainer, out, config) else failures + 1
             if failures >= _SAVE_FAILURES:
                 raise RunError(f"{failures} checkpoints in a row could not be written; see the log")
         if done and not _save(trainer, out, config):
             raise RunError("the last checkpoint could not be written; see the log")
         if stop:
-            raise Interrupted(stop[0])
+            raise Interrupted(stop[0], "; the state is saved, --resume goes on")
     return done
 
 
@@ -149,14 +163,15 @@ def resume(trainer: Trainer, out: Path, config: RunConfig, strict: bool) -> bool
     if checkpoint is None:
         return False
     ran, asked = (
-        {k: v for k, v in mapping.items() if k not in ("train", "threads")}
-        for mapping in (checkpoint.config, to_mapping(config))
+        {k: v for k, v in to_mapping(c).items() if k not in ("train", "threads")}
+        for c in (from_mapping(RunConfig, checkpoint.config), config)
     )
     changed = differences(ran, asked)
     if changed:
         raise RunError(
-            f"{out} was run with another configuration, go on with --config"
-            f" {out / 'config.yaml'}; it has, and is asked for: {'; '.join(changed)}"
+            f"{out} goes on with its own configuration ({out / 'config.yaml'}), of which --resume"
+            " may change train.* and threads only; it has, and is asked for:"
+            f" {'; '.join(changed)}"
         )
     for name, value in trainer.initial.state_dict().items():
         began = checkpoint.tensors.get(f"initial/{name}", value)
@@ -165,13 +180,57 @@ def resume(trainer: Trainer, out: Path, config: RunConfig, strict: bool) -> bool
     trainer.restore(checkpoint.tensors, checkpoint.counters)
     path = out / "metrics.jsonl"
     rows = [row for row in read_metrics(path) if row.get("step", 0) <= trainer.step_index]
-    kept = path.with_suffix(".tmp")
-    kept.unlink(missing_ok=True)
-    kept.touch()
-    for row in rows:
-        write_metrics(kept, row)
-    kept.replace(path)  # a kill here loses no metrics
+    _record(path, "".join(_line(row) for row in rows))  # a kill here loses no metrics
     return True
+
+
+def stored_config(out: Path) -> dict[str, Any] | None:
+    """The configuration of a folder's newest checkpoint that has one; None without any.
+
+    Raises:
+        ConfigurationError: it is of another version.
+    """
+    config = newest_config(out / "checkpoints")
+    try:
+        return None if config is None else to_mapping(from_mapping(RunConfig, config))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{out} was run by another version: {error}") from error
+
+
+def record_weights(out: Path, folder: Path | None, checksum: str) -> None:
+    """Note what a run began with: weights in a folder, or those that come along (None)."""
+    where = None if folder is None else str(folder.resolve())
+    _record(out / "weights.json", json.dumps({"folder": where, "checksum": checksum}) + "\n")
+
+
+def recorded_weights(out: Path) -> tuple[Path | None, str] | None:
+    """What `record_weights` has noted; None where it has not."""
+    try:
+        record = json.loads((out / "weights.json").read_bytes())
+        folder = record["folder"]
+        return None if folder is None else Path(str(folder)), str(record["checksum"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _record(path: Path, text: str) -> None:
+    """Write a file that may hold this already, as on a disk that has become full since."""
+    try:
+        there = path.read_bytes()
+    except OSError:
+        there = None
+    if there != text.encode():
+        write_whole(path, text)
+
+
+def _write_all(path: Path, rows: list[Mapping[str, Any]]) -> None:
+    """Appends rows and removes them from the list; those that cannot be written stay in it."""
+    try:
+        while rows:
+            write_metrics(path, rows[0])
+            del rows[0]
+    except OSError as error:
+        log.error("metrics of %d rollouts not written, training goes on: %s", len(rows), error)
 
 
 def _save(trainer: Trainer, out: Path, config: RunConfig) -> bool:
@@ -189,98 +248,8 @@ def _save(trainer: Trainer, out: Path, config: RunConfig) -> bool:
     return True
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that the first SIGTERM or SIGINT puts its number into."""
-    received: list[int] = []
-    before: dict[signal.Signals, Any] = {}
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        for which in before:
-            signal.signal(which, signal.SIG_DFL)  # the next one ends the process
-
-    with contextlib.suppress(ValueError):  # only the main thread may set handlers
-        for which in (signal.SIGTERM, signal.SIGINT):
-            before[which] = signal.signal(which, note)
-    try:
-        yield received
-    finally:
-        for which, handler in before.items():
-            signal.signal(which, handler)
-
-
-@contextlib.contextmanager
-def _one_at_a_time(out: Path) -> Iterator[None]:
-    """Only one process looks at the lock and takes it: two could find the same stale one."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems cannot
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _take_lock(lock: Path) -> None:
-    own = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
-    for _ in range(2):
-        try:
-            descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            holder = _holder(lock)
-            if holder is not None and (holder["host"] != own["host"] or _alive(holder)):
-                raise RunError(
-                    f"{lock.parent} is in use by process {holder['pid']} on {holder['host']};"
-                    f" if that is gone, remove {lock}"
-                ) from None
-            lock.unlink(missing_ok=True)  # its process is gone
-            continue
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(own, file)
-        return
-    raise RunError(f"cannot take {lock}")
-
-
-def _holder(lock: Path) -> dict[str, Any] | None:
-    """Whose lock it is; None if it is gone, or was left empty.
-
-    Raises:
-        RunError: the file is not one of ours.
-    """
-    try:
-        text = lock.read_text()
-    except OSError:
-        return None
-    if not text:
-        return None
-    try:
-        holder = json.loads(text)
-        started = str(holder.get("started", ""))
-        return {"pid": int(holder["pid"]), "host": str(holder["host"]), "started": started}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise RunError(
-            f"{lock} is not the lock of a run: is {lock.parent} another's folder?"
-        ) from None
-
-
-def _alive(holder: Mapping[str, Any]) -> bool:
-    """A process of that number that started when the holder did: numbers come again."""
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return not holder["started"] or holder["started"] == _started(holder["pid"])
-
-
-def _started(pid: int) -> str:
-    """When a process started, in ticks since the machine did; "" where that cannot be known."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+def _line(metrics: Mapping[str, Any]) -> str:
+    return json.dumps({str(k): _plain(v) for k, v in metrics.items()}, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from kvpo_trainer.config import RunConfig, of_weights, routing_text, to_mapping
 from kvpo_trainer.data import split_prompts
 from kvpo_trainer.evaluation import Evaluation, evaluate, standard_error
+from kvpo_trainer.files import write_whole
 from kvpo_trainer.update import Trainer
 from kvpo_trainer.weights import load_weights
 
@@ -101,9 +102,7 @@ def run_arm(config: RunConfig, arm: str, seed: int, out: Path, noises: int = 2) 
         "evaluation_seconds": round(time.perf_counter() - started - trained, 1),
         "history": [{k: round(v, 7) for k, v in row.items()} for row in history],
     }
-    temporary = out.with_suffix(f".tmp{os.getpid()}")
-    temporary.write_text(json.dumps(record))
-    temporary.replace(out)
+    write_whole(out, json.dumps(record))
 
 
 def run_all(
@@ -148,7 +147,7 @@ def run_all(
         while waiting or running:
             while waiting and len(running) < processes:
                 arm, seed = waiting.pop(0)
-                with (folder / f"{arm}-{seed}.log").open("wb") as file:
+                with _log(folder / f"{arm}-{seed}.log") as file:
                     running[arm, seed] = subprocess.Popen(
                         list(command(arm, seed, _result(folder, arm, seed))),
                         stdout=file,
@@ -254,6 +253,14 @@ def _check(config: RunConfig) -> None:
 
 def _as_json(config: RunConfig) -> Any:
     return json.loads(json.dumps(to_mapping(config)))
+
+
+def _log(path: Path) -> BinaryIO:
+    """What an arm says goes there; nowhere, if there is no space for it."""
+    try:
+        return path.open("wb")
+    except OSError:
+        return open(os.devnull, "wb")
 
 
 def _read(path: Path) -> dict[str, Any]:

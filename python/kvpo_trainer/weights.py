@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kvpo_trainer.checkpoint import MALFORMED, MANIFEST, CheckpointError, load_tensors
 from kvpo_trainer.config import RunConfig, from_mapping, to_mapping
+from kvpo_trainer.files import write_whole
 from kvpo_trainer.generator import Generator
 from kvpo_trainer.rewards import Judge, RewardModel
 
@@ -47,7 +48,7 @@ def save_weights(
     files: dict[str, dict[str, Any]] = {}
     for name, tensors in ((GENERATOR, generator.state_dict()), (REWARDS, scorers)):
         data = save({k: v.detach().contiguous() for k, v in tensors.items()})
-        (folder / name).write_bytes(data)
+        write_whole(folder / name, data)
         files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     manifest = {
         "files": files,
@@ -56,7 +57,7 @@ def save_weights(
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    write_whole(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
 def load_weights(folder: Path = SHIPPED) -> Weights:

@@ -54,7 +54,8 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
             r"unknown key kvpo.learning_rat \(did you mean learning_rate",
         ),
         ("kvpo: {objective: {kl: 1.0}}", r"unknown key kvpo.objective.kl"),
-        ("seed: yes", r"seed must be int, got True \(bool\)"),
+        ("seed: true", r"seed must be int, got True \(bool\)"),
+        ("seed: yes", r"seed must be int, got 'yes' \(str\)$"),
         ("seed: 1.5", r"seed must be int, got 1.5 \(float\)"),
         ("kvpo: {learning_rate: fast}", r"kvpo.learning_rate must be float, got 'fast' \(str\)"),
         ("kvpo: 3", r"kvpo is a section, got 3"),
@@ -75,7 +76,8 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("_target_: os.system", r"unknown key _target_"),
         ("seed: ${oc.env:HOME}", r"seed must be int, got '\$\{oc.env:HOME\}' \(str\)"),
         # What PyYAML's constructors raise is not all of its own kind.
-        ("seed: 2020-13-45", r"c.yaml: not plain YAML"),
+        ("seed: 2020-13-45", r"seed must be int, got '2020-13-45' \(str\); numbers are those of"),
+        ("seed: 2020-12-24", r"seed must be int, got '2020-12-24' \(str\); numbers are those of"),
         ("seed: !!timestamp soon", r"c.yaml: not plain YAML"),
         ("seed: !!bool maybe", r"c.yaml: not plain YAML"),
         ("seed: !!int abc", r"c.yaml: not plain YAML"),
@@ -109,6 +111,82 @@ def test_unreadable_files(tmp_path: Path) -> None:
         load_config(tmp_path / "missing.yaml")
     with pytest.raises(ConfigurationError, match=r"cannot read"):
         loaded(tmp_path, b"seed: \xff\xfe")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("seed", "010", 10),  # leading zeros mean nothing
+        ("seed", "08", 8),
+        ("seed", "+7", 7),
+        ("seed", "-0", 0),
+        ("seed", "0o10", 8),
+        ("seed", "0x1F", 31),
+        ("seed", "!!int 010", 10),
+        ("kvpo.learning_rate", "1e-4", 1e-4),
+        ("kvpo.learning_rate", "1E+2", 100.0),
+        ("kvpo.learning_rate", ".5", 0.5),
+        ("kvpo.learning_rate", "2.", 2.0),
+        ("kvpo.learning_rate", "3", 3.0),
+        ("kvpo.learning_rate", "!!float 010", 10.0),
+        ("kvpo.shuffle_advantages", "true", True),
+        ("kvpo.shuffle_advantages", "FALSE", False),
+    ],
+)
+def test_values_are_those_of_yaml_1_2(tmp_path: Path, key: str, text: str, value: Any) -> None:
+    config = load_config(None, [f"{key}={text}"])
+    assert leaves(config)[key] == value and type(leaves(config)[key]) is type(value)
+    assert loaded(tmp_path, nested(key, text)) == config
+
+
+def nested(key: str, text: str) -> str:
+    lines = [f"{'  ' * i}{part}:" for i, part in enumerate(key.split("."))]
+    return "\n".join(lines) + f" {text}\n"
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        *(("seed", text) for text in ("1:00", "1_000", "0b11", "-0x1", "0o9", "1:2:3", "\uff11")),
+        *(("seed", f"!!int {text}") for text in ("1:00", "1_000", "0b11", "''", "'1 '")),
+        ("train.iterations", "190:20:30"),
+        ("train.minutes", "1:30"),
+        ("train.minutes", "!!float 1:30"),
+        ("train.minutes", "!!float 1_0.5"),
+        ("kvpo.learning_rate", "190:20:30.15"),
+        ("kvpo.learning_rate", "1_0.5"),
+        ("kvpo.learning_rate", "+.inf"),
+        ("kvpo.learning_rate", ".NaN"),
+        *(("kvpo.shuffle_advantages", word) for word in ("yes", "No", "on", "OFF", "y", "tRue")),
+        ("kvpo.shuffle_advantages", "!!bool yes"),
+        ("data.turn_blocks", "[1:00, 2:00]"),
+    ],
+)
+def test_what_yaml_1_1_made_of_it_is_refused(tmp_path: Path, key: str, text: str) -> None:
+    words = (
+        r"numbers are|only true and false|finite number|not true or false|must be int, got '\uff11'"
+    )
+    with pytest.raises(ConfigurationError, match=words):
+        load_config(None, [f"{key}={text}"])
+    with pytest.raises(ConfigurationError, match=words):
+        loaded(tmp_path, nested(key, text))
+
+
+def test_no_key_merges_another_in(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="unknown key <<"):
+        loaded(tmp_path, "<<: {seed: 3}")
+
+
+def test_a_base_holds_where_nothing_is_said(tmp_path: Path) -> None:
+    base = to_mapping(load_config(None, ["seed=5", "kvpo.ema=0.5", "kvpo.rewards.ta=3"]))
+    path = tmp_path / "c.yaml"
+    path.write_text("kvpo: {rewards: {vq: 2}}", encoding="utf-8")
+    config = load_config(path, ["kvpo.ema=0.25"], base)
+    wanted = ["seed=5", "kvpo.ema=0.25", "kvpo.rewards.ta=3", "kvpo.rewards.vq=2"]
+    assert config == load_config(None, wanted)
+    assert base["kvpo"]["ema"] == 0.5
+    with pytest.raises(ConfigurationError, match="kvpo is a section, got 3"):
+        load_config(None, ["kvpo=3"], base)
 
 
 @pytest.mark.parametrize(
