@@ -92,7 +92,7 @@ def test_it_installs_into_an_empty_environment(sdist: Path, tmp_path: Path) -> N
         pytest.skip(f"no package index within reach: {asked.stderr.strip()[-300:]}")
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CXX")}
     environment |= {"KVPO_BUILD_NATIVE": "ON", "KVPO_BUILD_CUDA": "OFF"}
-    environment["CMAKE_ARGS"] = "-DCMAKE_CXX_FLAGS_RELEASE=-O1"  # half of the time to compile
+    environment["CMAKE_ARGS"] = "-DCMAKE_CXX_FLAGS_RELEASE=-O0"  # a third of the time to compile
 
     checked(*pip, "wheel", "--no-deps", "-w", tmp_path, sdist, env=environment)
     wheel = next(tmp_path.glob("*.whl"))
