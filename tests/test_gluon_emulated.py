@@ -90,7 +90,8 @@ def test_the_emulator_sees_a_buffer_freed_too_early(
         assert_accuracy(case, inputs, of_gluon(case, inputs))
 
 
-def test_reasons_not_to_run() -> None:
+def test_reasons_not_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "TRITON_VERSION", "3.6.0")
     hopper = {"device": "cuda", "dtype": torch.bfloat16, "capability": (9, 0)}
     why = lambda **changes: explain("routed_attention", **(hopper | changes))["gluon"]
     assert why() is None
@@ -98,3 +99,5 @@ def test_reasons_not_to_run() -> None:
     assert "float32" in str(why(dtype=torch.float32))
     assert "got 96" in str(why(head_size=96))
     assert "16 bytes" in str(why(aligned=False))
+    monkeypatch.setattr(registry, "TRITON_VERSION", "3.7.1")
+    assert "for triton 3.6" in str(why())  # what no GPU has run yet
