@@ -1,7 +1,7 @@
 # Each target makes .venv and installs what it needs by itself.
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
-CXX_FILES := $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+CXX_FILES := $(shell find csrc python/bindings -name '*.cpp' -o -name '*.h' -o -name '*.cu*')
 
 .PHONY: demo test bench lint format clean
 

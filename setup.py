@@ -1,9 +1,9 @@
 """Builds the torch-free native library with CMake, then packages the Python side.
 
 Options (environment): KVPO_BUILD_NATIVE=AUTO|ON|OFF, KVPO_BUILD_CUDA=AUTO|ON|OFF, CMAKE_ARGS. With
-AUTO, a machine without a compiler gets an installation without the native modules: the reference
-backend remains, and Triton on a GPU. A build that fails although there is a compiler fails the
-installation.
+AUTO, a machine without a compiler that takes GCC's flags gets an installation without the native
+modules: the reference backend remains, and Triton on a GPU. A build that fails although there is
+such a compiler fails the installation.
 """
 
 import json
@@ -26,10 +26,28 @@ for option, value in (("KVPO_BUILD_NATIVE", MODE), ("KVPO_BUILD_CUDA", CUDA)):
         raise SystemExit(f"{option} must be AUTO, ON or OFF, got {value!r}")
 
 
-def has_compiler() -> bool:
-    """Whether CMake would find a C++ compiler: $CXX, or one under its usual names."""
-    named = shlex.split(os.environ.get("CXX", ""))[:1]
-    return any(map(shutil.which, named or ("c++", "g++", "clang++", "icpx", "cl")))
+def takes_gcc_flags(*command: str) -> bool:
+    """Whether it is there and says that it is GCC or like it: MSVC's `cl` and `clang-cl` do not."""
+    if shutil.which(command[0]) is None:
+        return False
+    asked = [*command, "-dM", "-E", "-x", "c++", os.devnull]
+    done = subprocess.run(asked, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    return done.returncode == 0 and "#define __GNUC__ " in done.stdout
+
+
+def why_not_native() -> str | None:
+    """Why the native kernels cannot be built here, or None."""
+    if sys.platform == "win32":
+        return "THE NATIVE KERNELS ARE NOT FOR WINDOWS."
+    named = shlex.split(os.environ.get("CXX", ""))  # CMake looks there first, then for these
+    candidates = [named] if named else [["c++"], ["g++"], ["clang++"], ["icpx"]]
+    if not any(takes_gcc_flags(*command) for command in candidates):
+        what = f"CXX={shlex.join(named)} is none that" if named else "nothing"
+        return (
+            f"NO C++ COMPILER FOUND: {what} takes the flags of GCC."
+            " Install g++ and reinstall to get them."
+        )
+    return None
 
 
 def cuda_compiler() -> str | None:
@@ -71,11 +89,11 @@ class CMakeBuild(build_ext):
     configured = False
 
     def build_extension(self, ext: Extension) -> None:
-        if MODE == "AUTO" and not has_compiler():
+        if MODE == "AUTO" and (reason := why_not_native()):
             ext.optional = True  # setuptools then does not miss the file
             self.warn(
-                "kvpo_kernels: NO C++ COMPILER FOUND. Installing without the native CPU kernels;"
-                " the slower reference backend remains. Install g++ and reinstall to get them."
+                "kvpo_kernels: installing without the native CPU kernels; the slower reference"
+                f" backend remains. {reason}"
             )
             return
         out = (Path.cwd() / self.get_ext_fullpath(ext.name)).parent.resolve()

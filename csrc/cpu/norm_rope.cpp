@@ -6,6 +6,7 @@
 
 #include "scratch.h"
 #include "simd.h"
+#include "team.h"
 #include "threads.h"
 
 namespace kvpo::cpu::KVPO_ISA {
@@ -37,6 +38,10 @@ template <typename T> KVPO_INLINE float inverse_rms(const T* x, int64_t n, float
   return 1.0f / __builtin_sqrtf(sum_lanes(add(a, b)) / static_cast<float>(n) + eps);
 }
 
+int64_t values(const NormRopeShape& s) {
+  return s.rows * s.tokens * s.heads * s.head_size;
+}
+
 // An output larger than this would push out of the cache what the next kernel wants, and reading
 // its lines before they are overwritten would cost a third more traffic.
 constexpr int64_t kStreamBytes = 8 << 20;
@@ -48,7 +53,7 @@ bool streams(const NormRopeShape& s, const void* data, std::initializer_list<int
   bool aligned = reinterpret_cast<uintptr_t>(data) % kLine == 0 && s.head_size * kSize % kLine == 0;
   for (const int64_t stride : strides)
     aligned = aligned && stride * kSize % kLine == 0;
-  return aligned && s.rows * s.tokens * s.heads * s.head_size * kSize >= kStreamBytes;
+  return aligned && values(s) * kSize >= kStreamBytes;
 }
 
 // The line at `data + i` into L2, once per line. Asked for one by one between the stores of a token
@@ -123,11 +128,11 @@ struct Token {
 
 // Calls visit(angles of the token, token) for every token of every row, in parallel over runs.
 template <bool kStream, typename Visit>
-void for_each_token(const NormRopeForward& a, const Visit& visit) {
+void for_each_token(const NormRopeForward& a, int threads, const Visit& visit) {
   const auto& s = a.shape;
   const int64_t D = s.head_size, C = s.heads * D, run = Angles::run(D),
                 runs = (s.tokens + run - 1) / run;
-  for_each(runs, a.threads, [&](int64_t i) {
+  for_each(runs, threads, [&](int64_t i) {
     const int64_t first = i * run, last = min_of<int64_t>(s.tokens, first + run);
     Angles angles;
     angles.expand(a, first, last, 1.0f);
@@ -145,7 +150,8 @@ void for_each_token(const NormRopeForward& a, const Visit& visit) {
 
 template <bool kStream, typename T> void forward(const NormRopeForward& a) {
   const auto& s = a.shape;
-  for_each_token<kStream>(a, [&](const float* cosines, const float* sines, Token token) {
+  const int threads = threads_for(Work::kNormRope, values(s), a.threads);
+  for_each_token<kStream>(a, threads, [&](const float* cosines, const float* sines, Token token) {
     const T* const x = static_cast<const T*>(a.x);
     token_forward<kStream>(a, x + token.at, cosines, sines, static_cast<T*>(a.out) + token.at,
                            s.head_size, x + token.soon);
@@ -156,7 +162,8 @@ template <bool kStream, typename T> void write(const NormRopeWrite& w) {
   const NormRopeForward& a = w.keys;
   const auto& s = a.shape;
   const int64_t frames = s.tokens / w.frame_tokens;
-  for_each_token<kStream>(a, [&](const float* cosines, const float* sines, Token token) {
+  const int threads = threads_for(Work::kNormRope, 2 * values(s), a.threads);
+  for_each_token<kStream>(a, threads, [&](const float* cosines, const float* sines, Token token) {
     const T *const x = static_cast<const T*>(a.x), *const values = static_cast<const T*>(w.v);
     const int64_t frame = token.n / w.frame_tokens, t = token.n % w.frame_tokens;
     const int64_t slot = w.slots[token.row * frames + frame];
@@ -188,7 +195,8 @@ template <typename T> void backward(const NormRopeBackward& args) {
   const int64_t chunks = min_of<int64_t>(s.tokens, 64);
   const Scratch scratch(static_cast<size_t>(max_of<int64_t>(chunks, 1) * 2 * C) * sizeof(float));
   float* partial = reinterpret_cast<float*>(scratch.data()); // [chunks, C] sums, [chunks, C] g
-  for_each(chunks, a.threads, [&](int64_t chunk) {
+  const int threads = threads_for(Work::kNormRopeBackward, values(s), a.threads);
+  for_each(chunks, threads, [&](int64_t chunk) {
     float* grad_w = partial + chunk * C;
     float* g = partial + (chunks + chunk) * C;
     for (int64_t i = 0; i < C; i += kWidth)

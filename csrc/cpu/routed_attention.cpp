@@ -13,6 +13,7 @@
 
 #include "scratch.h"
 #include "simd.h"
+#include "team.h"
 #include "threads.h"
 #include "tile_product.h"
 
@@ -252,13 +253,19 @@ KVPO_INLINE void fill(float* to, size_t count, float value) {
     to[i] = value;
 }
 
+// Every query with every key and value of its row; padding of the table counts as frames.
+KVPO_INLINE int64_t products(const Shape& s) {
+  const int64_t keys = s.routed * s.frame_tokens + s.live_tokens;
+  return s.rows * s.heads * s.queries * keys * 2 * s.head_size;
+}
+
 // Runs `task(index, scratch)` for all indices below `tasks` on at most `threads` threads, each with
 // `bytes` of scratch.
 template <typename Task>
 KVPO_INLINE void run_tasks(int64_t tasks, int threads, size_t bytes, Task&& task) {
   const int64_t fitting = static_cast<int64_t>(kScratchLimit / bytes);
-  threads = static_cast<int>(
-      max_of<int64_t>(1, min_of<int64_t>(min_of<int64_t>(threads, tasks), fitting)));
+  threads =
+      tasks <= 1 ? 1 : static_cast<int>(max_of<int64_t>(1, min_of<int64_t>(threads, fitting)));
   const Scratch scratch(bytes * static_cast<size_t>(threads));
   char* const base = scratch.data();
   on_threads(threads, [&] {
@@ -428,7 +435,8 @@ template <typename T, Element kElement> void forward(const Forward& a) {
   Carver measure{nullptr, 0};
   ForwardScratch::carve(measure, head_size, quantized);
   // Heads outermost: rows that share frames then follow each other, and find them in cache.
-  run_tasks(s.rows * s.heads * blocks, a.threads, measure.used, [&](int64_t task, char* scratch) {
+  const int threads = threads_for(Work::kAttention, products(s), a.threads);
+  run_tasks(s.rows * s.heads * blocks, threads, measure.used, [&](int64_t task, char* scratch) {
     Carver carver{scratch, 0};
     const QueryBlock block =
         query_block(s, task / blocks % s.rows, task / blocks / s.rows, task % blocks);
@@ -701,10 +709,11 @@ template <typename T, Element kElement> void backward(const Backward& b) {
   const int64_t query_blocks = ceil_div(s.queries, kTileColumns), owners = s.rows * s.kv_heads;
   const int64_t owned = s.heads / s.kv_heads * query_blocks;
   const int64_t owned_bytes = owned * s.head_size * kTileColumns * int64_t{sizeof(float)};
+  const int threads = threads_for(Work::kAttentionBackward, products(s), a.threads);
   // With tasks to spare, the one that owns the live tokens computes grad_q as well and saves two
   // products over these tokens. The sums are taken in the same order either way.
-  const bool shared = live_blocks > 0 && s.queries > 0 && owners >= 4 * int64_t{a.threads} &&
-                      owned_bytes * a.threads <= static_cast<int64_t>(kScratchLimit / 2);
+  const bool shared = live_blocks > 0 && s.queries > 0 && owners >= 4 * int64_t{threads} &&
+                      owned_bytes * threads <= static_cast<int64_t>(kScratchLimit / 2);
   const int64_t query_tasks = shared ? 0 : s.rows * s.heads * query_blocks;
   const int64_t kept = shared ? owned : 1;
   Carver measure{nullptr, 0};
@@ -730,7 +739,7 @@ template <typename T, Element kElement> void backward(const Backward& b) {
       live(i % owners, i / owners * live_block, my);
     }
   };
-  run_tasks(shared ? owners : query_tasks + owners * live_blocks, a.threads, measure.used, task);
+  run_tasks(shared ? owners : query_tasks + owners * live_blocks, threads, measure.used, task);
 }
 
 } // namespace

@@ -1,6 +1,7 @@
 #include "kvpo/store_frames.h"
 
 #include "simd.h"
+#include "team.h"
 #include "threads.h"
 
 namespace kvpo::cpu::KVPO_ISA {
@@ -75,7 +76,8 @@ template <typename T, typename P> void head(const StoreFrames& a, int64_t frame,
 
 // A head of a frame is read twice, the second time from the core's own cache.
 template <typename T, typename P> void store_all(const StoreFrames& a) {
-  for_each(a.count * a.heads, a.threads,
+  const int64_t heads = a.count * a.heads;
+  for_each(heads, threads_for(Work::kStoreFrames, heads * a.tokens * a.head_size, a.threads),
            [&](int64_t i) { head<T, P>(a, i / a.heads, i % a.heads); });
 }
 

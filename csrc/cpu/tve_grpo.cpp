@@ -5,6 +5,7 @@
 #endif
 
 #include "simd.h"
+#include "team.h"
 #include "threads.h"
 
 namespace kvpo::cpu::KVPO_ISA {
@@ -114,10 +115,8 @@ template <typename T> bool streams(const Trajectories& x) {
   return x.branches * x.steps * x.numel * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
 }
 
-// Waking a thread costs more than a few chunks.
 int thread_count(const Trajectories& x) {
-  const int64_t useful = x.branches * x.steps * energy_chunks(x.numel) / 4 + 1;
-  return static_cast<int>(min_of<int64_t>(max_of(x.threads, 1), useful));
+  return threads_for(Work::kVelocities, x.branches * x.steps * x.numel, x.threads);
 }
 
 template <bool kKeep, typename T> void energies_of(const VelocityEnergy& a, void* kept = nullptr) {

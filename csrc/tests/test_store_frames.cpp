@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "team.h"
 
 namespace {
 
@@ -128,6 +129,7 @@ void check(int64_t D, kvpo::Page page, const char* isa) {
 } // namespace
 
 int main() {
+  kvpo::cpu::set_all_threads(true); // the problems are small
   using kvpo::cpu::Isa;
   for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16}) {
     kvpo::cpu::set_isa_limit(isa);

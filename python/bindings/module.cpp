@@ -5,6 +5,7 @@
 
 #include "isa.h"
 #include "kvpo/error.h"
+#include "team.h"
 
 namespace py = pybind11;
 
@@ -44,6 +45,20 @@ PYBIND11_MODULE(_native, m) {
         return kvpo::cpu::set_isa_limit(isa);
     throw kvpo::Error("set_isa_limit: unknown instruction set " + limit);
   });
+  py::dict thresholds;
+  for (int i = 0; i < kvpo::cpu::kWorks; ++i) {
+    const auto kind = static_cast<kvpo::cpu::Work>(i);
+    thresholds[kvpo::cpu::name(kind)] = kvpo::cpu::least_work(kind);
+  }
+  m.attr("LEAST_WORK") = thresholds;
+  m.def("threads_for", [](const std::string& name, int64_t amount, int threads) {
+    for (int i = 0; i < kvpo::cpu::kWorks; ++i)
+      if (const auto kind = static_cast<kvpo::cpu::Work>(i); name == kvpo::cpu::name(kind))
+        return kvpo::cpu::threads_for(kind, amount, threads);
+    throw kvpo::Error("threads_for: unknown kind of work " + name);
+  });
+  m.def("set_all_threads", &kvpo::cpu::set_all_threads);
+  m.def("last_team", &kvpo::cpu::last_team);
   bind_routed_attention(m);
   bind_tve_grpo(m);
   bind_norm_rope(m);
