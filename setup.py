@@ -69,7 +69,7 @@ class RecordedBuild(build_py):
         build = {
             "KVPO_BUILD_NATIVE": MODE,
             "KVPO_BUILD_CUDA": CUDA,
-            "compiler": has_compiler(),
+            "compiler": why_not_native() is None,
             "nvcc": cuda_compiler() is not None,
         }
         lib = "." if self.editable_mode else self.build_lib

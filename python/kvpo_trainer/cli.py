@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
+from kvpo_kernels import __version__
 from kvpo_trainer import console, diversity, report, session, verify
 from kvpo_trainer.checkpoint import CheckpointError, latest_checkpoint
 from kvpo_trainer.config import (
@@ -89,13 +89,6 @@ _EXAMPLES = """examples:
 """
 
 
-def _version() -> str:
-    try:
-        return metadata.version("kvpo_kernels")
-    except metadata.PackageNotFoundError:
-        return "of a source tree that is not installed"
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="kvpo-train",
@@ -103,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: object, text: str, example: str) -> argparse.ArgumentParser:
