@@ -2,6 +2,7 @@
 #include "team.h"
 
 #include <cstdio>
+#include <initializer_list>
 #include <limits>
 
 #include "kvpo/tve_grpo.h"
