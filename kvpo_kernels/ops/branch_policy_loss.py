@@ -549,28 +549,29 @@ _finite = math.isfinite
 
 def check_numbers(
     numbers: Tensor,
+    values: list[float],
     drop: bool,
     objective: Sequence[float],
-    scores: Tensor,
+    scores: Tensor | None,
     old_scores: Tensor,
     advantages: Tensor,
     ref_scores: Tensor | None,
-    name: str = "scores",
 ) -> None:
     """Look at a result on the CPU: what is in the kernels' numbers, and what went into them.
 
     Args:
+        values: of `numbers`.
         objective: as the kernels take it, `Scalars` from `clip_low` on.
-        name: of what the scores come from, "scores" or "energies".
+        scores: None where they come from energies, the last of the numbers.
 
     Raises:
         NonFiniteError: an input is not finite, unless such are dropped; or a result of finite
             inputs is out of the range of the dtype.
     """
     G = len(old_scores)
-    if wrong := _not_finite(numbers.tolist(), G):
+    if wrong := _not_finite(values, G):
+        name, given = ("scores", scores) if scores is not None else ("energies", numbers[-G:])
         if not drop:
-            given = scores if name == "scores" else -scores
             refuse_nonfinite(
                 **{name: given},
                 old_scores=old_scores,
@@ -581,23 +582,24 @@ def check_numbers(
             f"out of the range of {numbers.dtype}, though the inputs are finite:"
             f" {', '.join(wrong)}; ratios are up to {_largest(numbers[7 + G : 7 + 2 * G]):.3g}"
             f" (log_ratio_clamp {objective[3]:g}), advantages up to {_largest(advantages):.3g},"
-            f" scores up to {_largest(scores):.3g}, kl_coef is {objective[2]:g}"
+            f" {name} up to {_largest(given):.3g}, kl_coef is {objective[2]:g}"
         )
-    for policy, values in (("old", old_scores), ("ref", ref_scores)):
-        if values is not None:
-            _warn_of_energies(policy, values.tolist(), scores)
+    for policy, frozen in (("old", old_scores), ("ref", ref_scores)):
+        if frozen is not None and min(others := frozen.tolist()) > 0:
+            own = scores.tolist() if scores is not None else [-e for e in values[-G:]]
+            _warn_of_energies(policy, others, own)
 
 
 def _largest(x: Tensor) -> float:
     return float(torch.where(x.isfinite(), x, 0.0).abs().max())
 
 
-def _warn_of_energies(policy: str, values: list[float], scores: Tensor) -> None:
+def _warn_of_energies(policy: str, values: list[float], scores: list[float]) -> None:
     """Scores are negative energies; a softmax takes any, so this is no more than a suspicion."""
-    if min(values) > 0 and float(scores.max()) < 0:
+    if max(scores) < 0:
         warnings.warn(
             f"{policy}_scores are all positive, {min(values):.3g} to {max(values):.3g}, and the"
-            f" scores all negative, from {float(scores.min()):.3g}: a score is a negative energy."
+            f" scores all negative, from {min(scores):.3g}: a score is a negative energy."
             f" Hand energies over as {policy}_energies, and scores as {policy}_scores",
             stacklevel=6,
         )
@@ -724,7 +726,8 @@ def _forward_impl(
     forward = _MODULES[backend].load().forward
     numbers: Tensor = forward(scores, old_scores, advantages, ref_scores, *scalars)
     if numbers.device.type == "cpu":  # here, so that a compiled graph checks as well
-        check_numbers(numbers, scalars[-1], scalars, scores, old_scores, advantages, ref_scores)
+        given = (scores, old_scores, advantages, ref_scores)
+        check_numbers(numbers, numbers.tolist(), scalars[-1], scalars, *given)
     return numbers
 
 

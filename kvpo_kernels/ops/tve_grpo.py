@@ -265,23 +265,19 @@ def _masked(weights: Tensor, grad_steps: Tensor | Sequence[bool]) -> Tensor:
     return torch.where(mask.to(weights.device), weights, 0.0)
 
 
-def _check_energies(
-    scores: Tensor, pred: Tensor, target: Tensor, weights: Tensor, drop: bool
-) -> None:
+def _check_energies(energies: Tensor, pred: Tensor, target: Tensor, weights: Tensor) -> None:
     """Say which input energies that are not finite come from; the policy's check names branches."""
-    if drop or math.isfinite(sum(scores.tolist())):
-        return
     if not weights.isfinite().all():
         raise NonFiniteError(f"step_weights must be finite, got {weights.tolist()}")
-    bad = (~scores.isfinite()).nonzero().flatten()
+    bad = (~energies.isfinite()).nonzero().flatten()
     if not len(bad):
         return
-    energies = f"energies must be finite, got {(-scores[bad]).tolist()} for branches {bad.tolist()}"
+    what = f"energies must be finite, got {energies[bad].tolist()} for branches {bad.tolist()}"
     for name, x in (("pred", pred), ("target", target)):
         if not x[bad].isfinite().all():
-            raise NonFiniteError(f"{energies}: {name} is not finite there")
+            raise NonFiniteError(f"{what}: {name} is not finite there")
     raise NonFiniteError(
-        f"{energies}: {scores.dtype} does not hold them, of step_weights up to"
+        f"{what}: {energies.dtype} does not hold them, of step_weights up to"
         f" {float(weights.abs().max()):.3g} and residuals up to"
         f" {float((pred[bad].double() - target[bad].double()).abs().max()):.3g}"
     )
@@ -314,13 +310,13 @@ def _forward_impl(
         pred, target, weights, grad_weights, old_scores, advantages, ref_scores, *options
     )
     if numbers.device.type == "cpu":  # here, so that a compiled graph checks as well
-        scores, drop = -numbers[-len(old_scores) :], options[-2]
-        _check_energies(scores, pred, target, weights, drop)
-        given = (scores, old_scores, advantages, ref_scores)
-        check_numbers(numbers, drop, options, *given, name="energies")
+        values, G, drop = numbers.tolist(), len(old_scores), options[-2]
+        if not drop and not math.isfinite(sum(values)):
+            _check_energies(numbers[-G:], pred, target, weights)
+        given = (None, old_scores, advantages, ref_scores)
+        check_numbers(numbers, values, drop, options, *given)
         if options[-1]:
-            kappa = numbers[7 : 7 + len(scores)]
-            refuse_overflow(grad, "pred_grad", kappa, grad_weights)
+            refuse_overflow(grad, "pred_grad", values[7 : 7 + G], grad_weights)
     return numbers, grad
 
 

@@ -272,12 +272,12 @@ def energy_gradient(
     chosen = registry.select(OP, BACKENDS, Problem(pred.device.type, pred.dtype), backend).name
     grad: Tensor = _backward(pred, target, weights, grad_energy, chosen)
     if type(grad) is Tensor and grad.device.type == "cpu" and not torch.compiler.is_compiling():
-        refuse_overflow(grad, "the gradient", grad_energy, weights)
+        refuse_overflow(grad, "the gradient", grad_energy.tolist(), weights)
     return grad
 
 
 def refuse_overflow(
-    grad: Tensor, name: str, kappa: Tensor | None = None, weights: Tensor | None = None
+    grad: Tensor, name: str, kappa: list[float] | None = None, weights: Tensor | None = None
 ) -> None:
     """Raise NonFiniteError where a gradient `[G, S, ...]` of finite inputs is not; reads values.
 
@@ -288,7 +288,8 @@ def refuse_overflow(
     """
     size = ""
     if kappa is not None and weights is not None and grad.ndim > 1:
-        a, b = float(kappa.abs().max()), float(weights.abs().max())
+        # Lists: for so few numbers an op of torch takes longer.
+        a, b = max(map(abs, kappa)), max(map(abs, weights.flatten().tolist()))
         if 2 * a * b / grad.shape[2:].numel() <= 0.5 or not a < math.inf or not b < math.inf:
             return
         size = f": kappa is up to {a:.3g}, weights up to {b:.3g}"
