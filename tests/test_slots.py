@@ -66,6 +66,8 @@ def test_what_slots_are() -> None:
     assert row == [0, 3, 4] == row.tolist() and list(map(int, row)) == row.tolist()
     assert row[1] == video.slot(3) == 3 and row[1].frame == 3 and f"{row[1]}" == "3"
     assert torch.equal(pool.k(0)[row[2]], pool.k(0)[4])
+    assert torch.equal(pool.k(0)[row], pool.k(0)[[0, 3, 4]])
+    assert sorted(row) == [0, 3, 4] == torch.tensor(row).tolist() and 3 in row
     assert row[:1] + row[1:] == row and row + video.window(0, 1) == [0, 3, 4, 4]
     assert RouteTable([row], pool.num_slots).tolist() == [[0, 3, 4]]
     assert RouteTable([[*row, 7]], pool.num_slots).tolist() == [[0, 3, 4, 7]]
@@ -84,6 +86,10 @@ def test_what_slots_are() -> None:
     assert two[1:, :1].tolist() == [[row[0]] for row in two.tolist()[1:]]
     assert pool.routes([row[:1] + two[0]]).tolist() == [[0, *two.tolist()[0]]]
     assert pool.prepare_write([], 0, 2).shape == (0, 2)
+    none = pool.prepare_write(branches, 5, 0)
+    assert none.shape == (3, 0) and none.tolist() == [[], [], []] == two[:, :0].tolist()
+    pool.write(0, none, *torch.zeros(2, 3, 0, TOKENS, 1, D))
+    video.write(0, 5, *torch.zeros(2, 0, TOKENS, 1, D))
 
 
 def evict(pool: FramePool, video: Timeline) -> None:

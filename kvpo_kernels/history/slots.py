@@ -207,9 +207,8 @@ class PreparedSlots(Sequence[Slots]):
         self.pool = pool
         self.rows = rows
         numbers = [row._numbers for row in rows]
-        self.tensor = torch.tensor(numbers, dtype=torch.int64, device="cpu").reshape(-1, frames)
-        if not rows:
-            self.tensor = self.tensor.reshape(0, frames)
+        flat = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        self.tensor = flat.reshape(len(rows), frames)
         self.shape = self.tensor.shape
 
     def tolist(self) -> list[list[int]]:

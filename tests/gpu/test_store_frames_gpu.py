@@ -36,7 +36,7 @@ def test_a_pool_is_written_in_place() -> None:
     slots = pool.prepare_write(rows, 0, 3)
     k, v = torch.randn(2, 2, 3, 1560, 12, 128, dtype=torch.bfloat16, device="cuda")
     pool.write(0, slots, k, v)
-    index = slots.flatten().cuda()
+    index = slots.tensor.flatten().cuda()
     for view, scales, x in (
         (pool.k(0), pool.k_scales(0), k),
         (pool.v(0), pool.v_scales(0), v),

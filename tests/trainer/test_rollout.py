@@ -7,7 +7,7 @@ from kvpo_trainer.generator import Generator
 from kvpo_trainer.rollout import Rollout, chunk_bounds, replay, roll_out
 from kvpo_trainer.sampling import draw_noise, sample_videos
 
-from kvpo_kernels import HistoryRouting, Timeline
+from kvpo_kernels import FramePool, HistoryRouting, RouteTable, Slots
 
 PROMPTS = all_prompts()[3::70]
 ROUTING = HistoryRouting(num_branches=4)
@@ -129,11 +129,12 @@ def test_every_block_reads_its_route_and_the_context_pass_too(
 ) -> None:
     frame_of: dict[int, int] = {}
     passes: list[tuple[int, float, list[list[int]], torch.Tensor]] = []
-    slot, stream = Timeline.slot, Generator.stream
+    routes_of, stream = FramePool.routes, Generator.stream
 
-    def looked_up(self: Timeline, frame: int) -> int:
-        frame_of[slot(self, frame)] = frame
-        return slot(self, frame)
+    def looked_up(self: FramePool, rows: list[Slots]) -> RouteTable:
+        for row in rows:
+            frame_of.update(zip(row.tolist(), row.frames, strict=True))
+        return routes_of(self, rows)
 
     def seen(self: Generator, x, sigma, text, first, pool, table, write_slots=None):
         assert (write_slots is not None) == (sigma == 0.0)
@@ -141,7 +142,7 @@ def test_every_block_reads_its_route_and_the_context_pass_too(
         passes.append((first, sigma, frames, x))
         return stream(self, x, sigma, text, first, pool, table, write_slots)
 
-    monkeypatch.setattr(Timeline, "slot", looked_up)
+    monkeypatch.setattr(FramePool, "routes", looked_up)
     monkeypatch.setattr(Generator, "stream", seen)
     routing = HistoryRouting(num_branches=4, slot_mapping=slot_mapping)
     starts = set()
