@@ -228,7 +228,7 @@ def why_not_cuda_module() -> str | None:
 
 
 def _why_not_loaded(module: str) -> str | None:
-    if module not in _LOADED and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and module not in _LOADED:
         _LOADED[module] = _load(module)
     return _LOADED.get(module)
 
@@ -241,8 +241,9 @@ def _load(module: str) -> str | None:
     return None
 
 
-_LOADED: Final[dict[str, str | None]] = {}
-"""Why a compiled module does not load, None where it does; empty before the first call."""
+# At once: a graph that was compiled before would be guarded by its not being loaded yet.
+_LOADED: Final[dict[str, str | None]] = {"_native": _load("_native")} if HAS_NATIVE else {}
+"""Why a compiled module does not load, None where it does."""
 
 
 def why_not_triton(device: str) -> str | None:

@@ -100,7 +100,7 @@ def context_pass(
     q, k = qk_norm_rope(x, x, WEIGHT, WEIGHT, rope, first, grid=GRID, backend=backend)
     out = routed_attention(q, pool.k(1), pool.v(1), table, k, x, **scales(pool, 1))
     pool.write(1, slots, k, out)
-    return torch.stack([out, pool.k(0)[slots.tensor[:, 0]].float()])
+    return torch.stack([out, pool.k(0).float()[slots.tensor[:, 0]]])
 
 
 def run_pass(
@@ -333,7 +333,8 @@ def test_the_trainers_stream() -> None:
         # Arithmetic around the ops is fused: a key at the edge between two steps of 8 bits may take
         # the other, which moves what attends to it by a part in 127.
         assert (a - e).abs().max() <= 0.02 * e.abs().max()
-    assert compiled.runs == 12
+    # Two of context passes and two of steps, as everywhere, and one more for the first noise level.
+    assert compiled.runs == 12 and compiled.graphs <= 5
 
 
 def raw_write(storage: Tensor, x: Tensor, rope: RopeTable, slots: Tensor) -> Tensor:
@@ -346,7 +347,7 @@ def test_views_that_inductor_would_misplace_are_refused() -> None:
     x, rope, slots = torch.randn(1, T, H, D), RopeTable(D), torch.tensor([[3]])
     static, dynamic = Compiled(raw_write, dynamic=False), Compiled(raw_write, dynamic=True)
     for num_slots in (8, 12):
-        expected, actual = torch.zeros(2, 2, 2, num_slots, T, H, D)
+        expected, actual = (torch.zeros(2, 2, num_slots, T, H, D) for _ in range(2))
         with torch.no_grad():
             out = raw_write(expected, x, rope, slots)
             assert torch.equal(static.call(actual, x, rope, slots), out)

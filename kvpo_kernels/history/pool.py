@@ -338,7 +338,7 @@ class FramePool:
         page = (self.frame_tokens, self.num_heads, self.head_dim)
         flat, split = (B, frames * page[0], *page[1:]), (B, frames, *page)
         for name, tensor in (("k", k), ("v", v)):
-            if tuple(tensor.shape) not in (flat, split):
+            if not (tensor.shape == flat or tensor.shape == split):  # to a compiler `in` is no
                 raise ShapeError(
                     f"{name} must be {list(flat)} or {list(split)}, got {list(tensor.shape)}"
                 )

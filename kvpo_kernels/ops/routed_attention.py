@@ -344,8 +344,8 @@ def _check_shapes(
         raise ShapeError(
             f"the {heads} heads of q must be a multiple of the {kv_heads} of k_pool{hint}"
         )
-    slots = table.num_slots if isinstance(table, RouteTable) else None
     if v_pool.shape != k_pool.shape:
+        slots = table.num_slots if isinstance(table, RouteTable) else None
         if v_pool.shape[1:] == k_pool.shape[1:] and v_pool.shape[0] == slots:
             raise ShapeError(
                 f"k_pool must be {list(v_pool.shape)} like v_pool, got {list(k_pool.shape)}"

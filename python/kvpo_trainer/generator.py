@@ -180,7 +180,8 @@ class Generator(nn.Module):
             `[B, N, P]`; empty for a context pass, which ends with the last layer's write.
         """
         grid = (self.data.block_frames, *self.data.grid)
-        time, mod = self._time(torch.full((x.shape[0], 1), sigma))
+        # Not `torch.full`, for which torch.compile takes every number as another constant.
+        time, mod = self._time(torch.ones(x.shape[0], 1) * sigma)
         h = self._embed(x)
         for layer, block in enumerate(self._layers()):
             m = mod + block.modulation
