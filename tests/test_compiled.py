@@ -30,6 +30,7 @@ from kvpo_kernels import (
     velocity_gradient,
 )
 from kvpo_kernels.errors import FrameError, PoolError
+from kvpo_kernels.ops import store_frames
 
 T, H, D, LAYERS = 4, 2, 16, 2
 GRID = (1, 2, 2)
@@ -350,8 +351,13 @@ def test_views_that_inductor_would_misplace_are_refused() -> None:
         expected, actual = (torch.zeros(2, 2, num_slots, T, H, D) for _ in range(2))
         with torch.no_grad():
             out = raw_write(expected, x, rope, slots)
-            assert torch.equal(static.call(actual, x, rope, slots), out)
-            assert torch.equal(actual, expected)
+            if store_frames._CONSTANT_OFFSETS:
+                assert torch.equal(static.call(actual, x, rope, slots), out)
+                assert torch.equal(actual, expected)
+            else:
+                with pytest.raises(Exception, match="k_pool is a view into a larger tensor"):
+                    static.call(actual, x, rope, slots)
+                expected = actual.clone()
             with pytest.raises(Exception, match="k_pool is a view into a larger tensor of dynamic"):
                 dynamic.call(actual, x, rope, slots)
         assert torch.equal(actual, expected)
