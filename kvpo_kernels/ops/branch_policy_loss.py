@@ -1,8 +1,6 @@
 """The contrastive policy loss over the branches of one prompt, and its closed-form gradient."""
 
 import math
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
 
 from kvpo_kernels import registry
 from kvpo_kernels.errors import (
@@ -20,6 +17,23 @@ from kvpo_kernels.errors import (
     GroupError,
     NonFiniteError,
     ShapeError,
+)
+from kvpo_kernels.ops.policy_checks import (
+    check_agreed,
+    check_numbers,
+    check_scalars,
+    checked_scores,
+    count_of,
+    not_finite,
+    one_of,
+    turned,
+)
+from kvpo_kernels.ops.ranks import (
+    AGREED,
+    all_gather_header,
+    announce_failure,
+    check_member,
+    meeting_place,
 )
 from kvpo_kernels.registry import Backend
 
@@ -233,7 +247,7 @@ class BranchPolicyLoss:
     def check(self) -> None:
         """Raise NonFiniteError if the loss or a gradient is not finite; waits for a GPU."""
         values = self.numbers.tolist()
-        if not (wrong := _not_finite(values, self.num_branches)):
+        if not (wrong := not_finite(values, self.num_branches)):
             return
         finite = values[7 + 3 * self.num_branches :][: self.num_branches]
         bad = [g for g, is_finite in enumerate(finite) if not is_finite]
@@ -383,36 +397,6 @@ class LossWithGradient(torch.autograd.Function):
         return grad * grad_loss.to(grad.dtype), None, None
 
 
-def check_scalars(
-    name: str,
-    value: Any,
-    device: torch.device,
-    dtype: torch.dtype,
-    size: int,
-    stacklevel: int = 4,
-) -> Tensor:
-    """Check one `[G]` input against the scores and detach it: it is data of the rollout.
-
-    Args:
-        stacklevel: of the caller's caller that a warning points at, as in `warnings.warn`.
-    """
-    if not isinstance(value, Tensor):
-        raise DtypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if value.dtype is not dtype:
-        raise DtypeError(f"{name} must be {dtype} like the scores, got {value.dtype}")
-    if value.device != device:
-        raise DtypeError(f"{name} must be on {device} like the scores, got {value.device}")
-    if value.ndim != 1 or value.shape[0] != size:
-        raise ShapeError(f"{name} must be [{size}], got {list(value.shape)}")
-    tensor: Tensor = value
-    if not tensor.requires_grad:
-        return tensor
-    if not torch.compiler.is_compiling():
-        text = f"{name} requires grad; it is a constant here and detached"
-        warnings.warn(text, stacklevel=stacklevel)
-    return tensor.detach()
-
-
 class _Given(NamedTuple):
     """The scores or energies as the caller gave them, unchecked."""
 
@@ -431,61 +415,6 @@ def check_gradient(gradient: str) -> None:
         raise ConfigError(f"gradient must be 'sum' or 'mean', got {gradient!r}")
 
 
-def one_of(policy: str, scores: Any, energies: Any) -> tuple[str, Any]:
-    """Name and value of what was given for a policy: its scores or its energies."""
-    if scores is not None and energies is not None:
-        raise ArgumentError(f"give {policy}scores or {policy}energies, not both")
-    return (f"{policy}scores", scores) if energies is None else (f"{policy}energies", energies)
-
-
-def count_of(*inputs: Any) -> int | None:
-    """The number of branches, if at least two of the inputs are `[G]` and no other disagrees."""
-    sizes = [x.shape[0] for x in inputs if isinstance(x, Tensor) and x.ndim == 1]
-    return sizes[0] if len(sizes) > 1 and all(n == sizes[0] for n in sizes) else None
-
-
-def _check_agreed(name: str, scores: Tensor, *inputs: Any) -> None:
-    """Where the old policy and the advantages agree on another dtype or device, scores are odd."""
-    others = [x for x in inputs if isinstance(x, Tensor)]
-    for what in ("dtype", "device"):
-        own, agreed = getattr(scores, what), [getattr(x, what) for x in others]
-        fits = what == "device" or agreed[:1] in ([torch.float32], [torch.float64])
-        if len(agreed) > 1 and agreed[0] == agreed[1] and agreed[0] != own and fits:
-            raise DtypeError(
-                f"{name} must be {'on ' if what == 'device' else ''}{agreed[0]} like the old"
-                f" policy's and the advantages, got {own}"
-            )
-
-
-def checked_scores(
-    policy: str,
-    scores: Tensor | None,
-    energies: Tensor | None,
-    like: tuple[torch.device, torch.dtype, int],
-    drop: bool,
-    stacklevel: int = 5,
-) -> Tensor:
-    """The scores `[G]` of the old or the reference policy, from what was given; detached.
-
-    Raises:
-        ArgumentError: both are given, or neither.
-        ShapeError, DtypeError: naming what was given.
-    """
-    name, value = one_of(policy, scores, energies)
-    if value is None:
-        raise ArgumentError(f"{policy}scores or {policy}energies must be given")
-    value = check_scalars(name, value, *like, stacklevel)
-    return value if energies is None else _turned(name, value, drop)
-
-
-def _turned(name: str, energies: Tensor, drop: bool) -> Tensor:
-    """Scores of energies that were given under this name; the kernels know of scores only."""
-    readable = not torch.compiler.is_compiling() and type(energies) in (Tensor, Parameter)
-    if readable and not drop and energies.device.type == "cpu":
-        refuse_nonfinite(**{name: energies.detach()})
-    return -energies
-
-
 def _checked(given: _Given, drop: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Scores, old scores, advantages and reference scores."""
     name, scores = one_of("", given.scores, given.energies)
@@ -498,7 +427,7 @@ def _checked(given: _Given, drop: bool) -> tuple[Tensor, Tensor, Tensor, Tensor 
     if scores.ndim != 1 or scores.numel() == 0:
         raise ShapeError(f"{name} must be [G] with G >= 1, got {list(scores.shape)}")
     like = (scores.device, scores.dtype, scores.shape[0])
-    _check_agreed(name, scores, given.old_scores, given.old_energies, given.advantages)
+    check_agreed(name, scores, given.old_scores, given.old_energies, given.advantages)
     branches = count_of(given.old_scores, given.old_energies, given.advantages)
     if branches is not None and branches != scores.shape[0]:
         raise ShapeError(
@@ -511,143 +440,8 @@ def _checked(given: _Given, drop: bool) -> tuple[Tensor, Tensor, Tensor, Tensor 
     if given.ref_scores is not None or given.ref_energies is not None:
         ref_scores = checked_scores("ref_", given.ref_scores, given.ref_energies, like, drop)
     if given.energies is not None:
-        scores = _turned(name, scores, drop)
+        scores = turned(name, scores, drop)
     return scores, old_scores, advantages, ref_scores
-
-
-def refuse_nonfinite(**inputs: Tensor | None) -> None:
-    """Raise NonFiniteError naming the inputs and branches that are not; reads the values."""
-    wrong = []
-    for name, value in inputs.items():
-        if value is not None:
-            bad = (~value.isfinite()).nonzero().flatten().tolist()
-            if bad:
-                wrong.append(f"{name} must be finite, got {value[bad].tolist()} for branches {bad}")
-    if wrong:
-        raise NonFiniteError("; ".join(wrong))
-
-
-_STATISTICS = ("loss", "grpo_loss", "kl", "entropy", "clip_fraction", "skip", "dropped")
-
-
-def _not_finite(values: list[float], num_branches: int) -> list[str]:
-    """The numbers of a result that are neither finite nor a dropped branch's, with their values."""
-    if math.isfinite(sum(values)):
-        return []
-    G = num_branches
-    wrong = [f"{n} = {v}" for n, v in zip(_STATISTICS, values, strict=False) if not _finite(v)]
-    for row, name in enumerate(("score_grad", "ratio", "log_ratio")):
-        for g in range(G):
-            value = values[7 + row * G + g]
-            if not _finite(value) and (row == 0 or values[7 + 3 * G + g]):
-                wrong.append(f"{name}[{g}] = {value}")
-    return wrong
-
-
-_finite = math.isfinite
-
-
-def check_numbers(
-    numbers: Tensor,
-    values: list[float],
-    drop: bool,
-    objective: Sequence[float],
-    scores: Tensor | None,
-    old_scores: Tensor,
-    advantages: Tensor,
-    ref_scores: Tensor | None,
-) -> None:
-    """Look at a result on the CPU: what is in the kernels' numbers, and what went into them.
-
-    Args:
-        values: of `numbers`.
-        objective: as the kernels take it, `Scalars` from `clip_low` on.
-        scores: None where they come from energies, the last of the numbers.
-
-    Raises:
-        NonFiniteError: an input is not finite, unless such are dropped; or a result of finite
-            inputs is out of the range of the dtype.
-    """
-    G = len(old_scores)
-    if wrong := _not_finite(values, G):
-        name, given = ("scores", scores) if scores is not None else ("energies", numbers[-G:])
-        if not drop:
-            refuse_nonfinite(
-                **{name: given},
-                old_scores=old_scores,
-                advantages=advantages,
-                ref_scores=ref_scores,
-            )
-        raise NonFiniteError(
-            f"out of the range of {numbers.dtype}, though the inputs are finite:"
-            f" {', '.join(wrong)}; ratios are up to {_largest(numbers[7 + G : 7 + 2 * G]):.3g}"
-            f" (log_ratio_clamp {objective[3]:g}), advantages up to {_largest(advantages):.3g},"
-            f" {name} up to {_largest(given):.3g}, kl_coef is {objective[2]:g}"
-        )
-    for policy, frozen in (("old", old_scores), ("ref", ref_scores)):
-        if frozen is not None and min(others := frozen.tolist()) > 0:
-            own = scores.tolist() if scores is not None else [-e for e in values[-G:]]
-            _warn_of_energies(policy, others, own)
-
-
-def _largest(x: Tensor) -> float:
-    return float(torch.where(x.isfinite(), x, 0.0).abs().max())
-
-
-def _warn_of_energies(policy: str, values: list[float], scores: list[float]) -> None:
-    """Scores are negative energies; a softmax takes any, so this is no more than a suspicion."""
-    if max(scores) < 0:
-        warnings.warn(
-            f"{policy}_scores are all positive, {min(values):.3g} to {max(values):.3g}, and the"
-            f" scores all negative, from {min(scores):.3g}: a score is a negative energy."
-            f" Hand energies over as {policy}_energies, and scores as {policy}_scores",
-            stacklevel=6,
-        )
-
-
-# The header of a rank: whether its own arguments are good, then what all ranks must agree on.
-_AGREED = (
-    "dtype",
-    "presence of ref_scores",
-    "clip_range_low",
-    "clip_range_high",
-    "kl_coef",
-    "log_ratio_clamp",
-    "min_update_entropy_ratio",
-    "scale",
-    "branch_mass",
-    "nonfinite",
-    "protect",
-    "safe",
-    "gradient",
-)
-
-
-def announce_failure(group: dist.ProcessGroup) -> None:
-    """Take part in the first collective of a group's loss, only to say that this rank cannot."""
-    _all_gather_header([1.0] + [0.0] * (1 + len(_AGREED)), group)
-
-
-def check_member(group: dist.ProcessGroup) -> None:
-    """Raise GroupError on a process that is not of the group: nobody waits for it."""
-    outside = dist.GroupMember.NON_GROUP_MEMBER  # what `new_group` gives those it leaves out
-    if not isinstance(group, dist.ProcessGroup) and group is not outside:
-        raise DtypeError(f"group must be a process group, got {type(group).__name__}")
-    if dist.get_rank(group) < 0:
-        raise GroupError("this process is not a rank of `group`")
-
-
-def _meeting_place(group: dist.ProcessGroup) -> torch.device:
-    """Where the ranks exchange scalars: the same kind of device on each, whatever its tensors."""
-    kinds = {device.type for device in group._device_types}
-    return torch.device("cpu" if "cpu" in kinds or not kinds else kinds.pop())
-
-
-def _all_gather_header(header: list[float], group: dist.ProcessGroup) -> list[list[float]]:
-    own = torch.tensor(header, dtype=torch.float64, device=_meeting_place(group))
-    headers = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(headers, own, group=group)
-    return [h.tolist() for h in headers]
 
 
 def _over_group(
@@ -671,7 +465,7 @@ def _over_group(
     except Exception:  # whatever it is, the other ranks wait for this one: tell them
         announce_failure(group)
         raise
-    device, count = _meeting_place(group), scores.shape[0]
+    device, count = meeting_place(group), scores.shape[0]
     agreed = [
         float(scores.dtype is torch.float64),
         float(ref_scores is not None),
@@ -680,11 +474,11 @@ def _over_group(
         float(safe),
         float(gradient == "mean"),
     ]
-    rows = _all_gather_header([0.0, count, *agreed], group)
+    rows = all_gather_header([0.0, count, *agreed], group)
     failed = [r for r, row in enumerate(rows) if row[0]]
     if failed:
         raise GroupError(f"branch_policy_loss: ranks {failed} of the group have bad arguments")
-    for i, name in enumerate(_AGREED, start=2):
+    for i, name in enumerate(AGREED, start=2):
         values = [row[i] for row in rows]
         if len(set(values)) > 1:
             raise GroupError(f"ranks of the group differ in {name}: {values}")

@@ -16,16 +16,17 @@ from kvpo_kernels.ops.branch_policy_loss import (
     ContrastiveObjective,
     GradientOverRanks,
     Nonfinite,
-    announce_failure,
     branch_policy_loss,
     check_gradient,
-    check_member,
+    scalars_of,
+)
+from kvpo_kernels.ops.policy_checks import (
     check_numbers,
     check_scalars,
     checked_scores,
     count_of,
-    scalars_of,
 )
+from kvpo_kernels.ops.ranks import announce_failure, check_member
 from kvpo_kernels.ops.velocity_energy import (
     Problem,
     check_trajectories,
