@@ -228,22 +228,20 @@ def why_not_cuda_module() -> str | None:
 
 
 def _why_not_loaded(module: str) -> str | None:
-    if not torch.compiler.is_compiling() and module not in _LOADED:
-        _LOADED[module] = _load(module)
-    return _LOADED.get(module)
+    if not torch.compiler.is_compiling() and module not in _TRIED:
+        _TRIED.add(module)
+        try:
+            importlib.import_module(f"kvpo_kernels.{module}")
+        except ImportError as error:  # built for another Python, C++ library or processor
+            kind = "CUDA" if module == "_cuda" else "native"
+            _BROKEN[module] = f"the {kind} module does not load: {error}"
+    return _BROKEN.get(module)
 
 
-def _load(module: str) -> str | None:
-    try:
-        importlib.import_module(f"kvpo_kernels.{module}")
-    except ImportError as error:  # built for another Python, C++ library or processor
-        return f"the {'CUDA' if module == '_cuda' else 'native'} module does not load: {error}"
-    return None
-
-
-# At once: a graph that was compiled before would be guarded by its not being loaded yet.
-_LOADED: Final[dict[str, str | None]] = {"_native": _load("_native")} if HAS_NATIVE else {}
-"""Why a compiled module does not load, None where it does."""
+_TRIED: Final[set[str]] = set()
+"""Compiled modules, at the first call that asks for them."""
+_BROKEN: Final[dict[str, str]] = {}
+"""Why some do not load. Graphs are guarded by this one, and so need not mind that one has loaded."""
 
 
 def why_not_triton(device: str) -> str | None:
