@@ -241,7 +241,7 @@ def _why_not_loaded(module: str) -> str | None:
 _TRIED: Final[set[str]] = set()
 """Compiled modules, at the first call that asks for them."""
 _BROKEN: Final[dict[str, str]] = {}
-"""Why some do not load. Graphs are guarded by this one, and so need not mind that one has loaded."""
+"""Why some do not load. Graphs are guarded by this alone, and do not mind that one has loaded."""
 
 
 def why_not_triton(device: str) -> str | None:
