@@ -60,8 +60,8 @@ void tve_grpo(const py::capsule& pred, const py::capsule& target, const py::caps
 } // namespace
 
 PYBIND11_MODULE(_cuda, m) {
-  py::register_exception<kvpo::Error>(m, "Error", PyExc_ValueError);
-  py::register_exception<kvpo::CudaError>(m, "CudaError", PyExc_RuntimeError);
+  py::register_local_exception<kvpo::Error>(m, "Error", PyExc_ValueError);
+  py::register_local_exception<kvpo::CudaError>(m, "CudaError", PyExc_RuntimeError);
   m.attr("CHUNK") = kvpo::cuda::kChunk;
   m.def("tve_grpo", &tve_grpo);
 }

@@ -16,9 +16,9 @@ void bind_store_frames(py::module_& m);
 void bind_peak_flops(py::module_& m);
 
 PYBIND11_MODULE(_native, m) {
-  py::register_exception<kvpo::Error>(m, "Error", PyExc_ValueError);
+  py::register_local_exception<kvpo::Error>(m, "Error", PyExc_ValueError);
   // What callers catch to go on with a smaller batch. By name: the module itself knows no torch.
-  py::register_exception_translator([](std::exception_ptr thrown) {
+  py::register_local_exception_translator([](std::exception_ptr thrown) {
     try {
       if (thrown)
         std::rethrow_exception(thrown);
