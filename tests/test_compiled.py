@@ -29,7 +29,7 @@ from kvpo_kernels import (
     tve_grpo_loss,
     velocity_gradient,
 )
-from kvpo_kernels.errors import FrameError, PoolError
+from kvpo_kernels.errors import DtypeError, FrameError, PoolError, ShapeError
 from kvpo_kernels.ops import store_frames
 
 T, H, D, LAYERS = 4, 2, 16, 2
@@ -422,3 +422,46 @@ def test_a_graph_checks_whose_slots_it_writes() -> None:
         with torch.no_grad(), pytest.raises(FrameError, match="frame 3 was evicted"):
             compiled.call(pool, x, rope, 3, table, slots, None)
         assert all(map(torch.equal, before, memory(pool)))
+
+
+@pytest.mark.parametrize("page", [None, torch.int8], ids=str)
+def test_a_graph_checks_whose_frames_it_is_given(page: torch.dtype | None) -> None:
+    """As in eager mode: slots and tables of another pool, numbers that do not say whose."""
+    x, rope = torch.randn(1, T, H, D), RopeTable(D)
+
+    def write(pool: FramePool, slots: PreparedSlots | Tensor) -> Tensor:
+        where = {"k_pool": pool.k(0), "v_pool": pool.v(0), **scales(pool, 0), "slots": slots}
+        return qk_norm_rope_write(x, x, x, WEIGHT, WEIGHT, rope, 3, grid=GRID, **where)
+
+    def read(pool: FramePool, table: RouteTable) -> Tensor:
+        return routed_attention(x, pool.k(0), pool.v(0), table, **scales(pool, 0))
+
+    (pool, video), (other, _) = history(8, page), history(8, page)
+    slots = pool.prepare_write([video], video.append(1), 1)
+    table = pool.routes([video.window(1, 2)])
+    before = [*memory(pool), *memory(other)]
+    for f, g in ((write, read), (Compiled(write).call, Compiled(read).call)):
+        with torch.no_grad():
+            with pytest.raises(ShapeError, match="k_pool is not of the FramePool whose slots"):
+                f(other, slots)
+            with pytest.raises(DtypeError, match="k_pool is of a FramePool: slots must be of"):
+                f(pool, slots.tensor)
+            with pytest.raises(ShapeError, match="k_pool is not of the FramePool whose `routes`"):
+                g(other, table)
+        assert all(map(torch.equal, before, [*memory(pool), *memory(other)]))
+
+
+def test_a_graph_reads_no_frame_that_took_the_place_of_anothers() -> None:
+    def read(pool: FramePool, table: RouteTable) -> Tensor:
+        return routed_attention(x, pool.k(0), pool.v(0), table)
+
+    x, compiled = torch.randn(1, T, H, D), Compiled(read)
+    pool, video = history(3)
+    table = pool.routes([video.window(1, 2)])
+    slots = pool.advance([video], 1, [1, 2], table)[1]
+    assert torch.equal(compiled.call(pool, table), read(pool, table))  # not yet written
+    pool.write(0, slots, x, x)
+    for f in (read, compiled.call):
+        with pytest.raises(FrameError, match="has given to another frame that is written by now"):
+            f(pool, table)
+    assert compiled.runs == 2

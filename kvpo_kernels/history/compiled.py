@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvpo_kernels.errors import PoolError
-from kvpo_kernels.history.memory import pool_of
+from kvpo_kernels.history.memory import pool_of, refuse_plain_slots
 from kvpo_kernels.ops.store_frames import check_offsets
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _TICKETS: "WeakValueDictionary[int, PreparedSlots]" = WeakValueDictionary()
 _NUMBERS = count()
+_MEMORY = ("k_pool", "v_pool", "k_scales", "v_scales")
 
 
 def ticket_of(slots: "PreparedSlots") -> Tensor:
@@ -40,7 +41,9 @@ def _holder(ticket: Tensor) -> "PreparedSlots":
 
 # `checked_slots` returns what the write then takes, so that it comes first. The others name as
 # written what they are about: nothing that writes is dropped or moved past a read.
-torch.library.define("kvpo::checked_slots", "(Tensor ticket, Tensor slots) -> Tensor")
+torch.library.define(
+    "kvpo::checked_slots", "(Tensor? ticket, Tensor slots, Tensor[] memory) -> Tensor"
+)
 torch.library.define(
     "kvpo::write_frames",
     "(Tensor ticket, int layer, Tensor k, Tensor v, Tensor(a!) k_pool, Tensor(b!) v_pool,"
@@ -54,18 +57,22 @@ def _check(slots: "PreparedSlots", memory: dict[str, Tensor | None]) -> None:
     slots.check(**{n: t for n, t in memory.items() if t is not None and pool_of(t) is not None})
 
 
-def _checked_impl(ticket: Tensor, slots: Tensor) -> Tensor:
-    _holder(ticket).check()
+def _checked_impl(ticket: Tensor | None, slots: Tensor, memory: list[Tensor]) -> Tensor:
+    named: dict[str, Tensor | None] = dict(zip(_MEMORY, memory, strict=False))
+    if ticket is None:
+        refuse_plain_slots(named)
+    else:
+        _check(_holder(ticket), named)
     return slots.clone()
 
 
-def _checked_fake(ticket: Tensor, slots: Tensor) -> Tensor:
+def _checked_fake(ticket: Tensor | None, slots: Tensor, memory: list[Tensor]) -> Tensor:
     return slots.new_empty(slots.shape)
 
 
 def _write_impl(ticket: Tensor, layer: int, k: Tensor, v: Tensor, *memory: Tensor | None) -> None:
     slots = _holder(ticket)
-    _check(slots, dict(zip(("k_pool", "v_pool", "k_scales", "v_scales"), memory, strict=True)))
+    _check(slots, dict(zip(_MEMORY, memory, strict=True)))
     slots.pool._store(slots, k, v, memory)
     slots.pool._mark(layer, slots)
 

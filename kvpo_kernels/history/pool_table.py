@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kvpo_kernels.errors import DtypeError, FrameError, PoolError
+from kvpo_kernels.history.memory import pool_of
 from kvpo_kernels.history.route_table import RouteTable, Rows, has_no_memory
 from kvpo_kernels.history.slots import Slot, Slots, backward_now, check_no_recompute
 
@@ -18,10 +19,29 @@ if TYPE_CHECKING:
 class Hold:
     """References to slots, for as long as it lives: in a table, and in what a backward keeps."""
 
-    __slots__ = ("__weakref__", "slots")
+    __slots__ = ("__weakref__", "_table", "slots")
 
-    def __init__(self) -> None:
+    def __init__(self, table: "PoolTable") -> None:
+        self._table = weakref.ref(table)
         self.slots: set[int] = set()
+
+    def check(self, k_pool: Tensor, v_pool: Tensor) -> None:
+        """Check what kernels are about to read over the table, also where a graph runs them.
+
+        Raises:
+            ShapeError: another FramePool's memory.
+            FrameError: as `RouteTable.check_frames`.
+        """
+        table = self._table()
+        if table is None or table.memory is None or has_no_memory(k_pool):
+            return
+        first, end = table.memory
+        for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
+            if not first <= pool.data_ptr() < end:
+                if pool_of(pool) is not None:
+                    table.check_memory(name, pool)
+                return  # a copy that a compiler has made: what is written is none of its business
+        table.check_frames(k_pool)
 
 
 class PoolTable(RouteTable):
@@ -33,7 +53,7 @@ class PoolTable(RouteTable):
         self.pool = pool
         self.memory = pool._pages.memory
         self.made_in = backward_now()
-        self.hold = Hold()
+        self.hold = Hold(self)
         self.handed: dict[int, int] = {}
         """Slots that `FramePool.advance` has given to new frames, and their generations then."""
         with pool._ledger.lock:  # what is checked is what is held

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvpo_kernels.checks import integer
 from kvpo_kernels.errors import DtypeError, GradientError, ShapeError
 from kvpo_kernels.history import compiled
-from kvpo_kernels.history.memory import pool_of
+from kvpo_kernels.history.memory import pool_of, refuse_plain_slots
 from kvpo_kernels.history.route_table import has_no_memory
 
 if TYPE_CHECKING:
@@ -245,12 +245,6 @@ class PreparedSlots(Sequence[Slots]):
     def __deepcopy__(self, memo: dict[int, Any]) -> "PreparedSlots":
         return self
 
-    def for_kernels(self) -> Tensor:
-        """`tensor`; in a compiled graph checked, as by `check`, when the graph runs."""
-        if torch.compiler.is_compiling():
-            return compiled.checked_slots(self.ticket, self.tensor)  # type: ignore[no-any-return]
-        return self.tensor
-
     def check(self, **tensors: Tensor | None) -> None:
         """Check that they may be written to now, in the layer that the tensors are views of.
 
@@ -265,6 +259,28 @@ class PreparedSlots(Sequence[Slots]):
             if pool_of(tensor) is not self.pool or tensor.shape[0] != self.pool.num_slots:
                 raise ShapeError(f"{name} is not of the FramePool whose slots these are")
         self.pool._check_private(self)
+
+
+def for_kernels(slots: PreparedSlots | Tensor, **memory: Tensor | None) -> Tensor:
+    """The slots `[B, frames]` of memory that is about to be written to, as kernels take them.
+
+    Checked, in a compiled graph when it runs, as by `PreparedSlots.check`.
+
+    Raises:
+        DtypeError: plain numbers for slots of a FramePool.
+    """
+    ticket, numbers = None, slots
+    if isinstance(slots, PreparedSlots):
+        ticket, numbers = slots.ticket, slots.tensor
+    assert isinstance(numbers, Tensor)
+    if torch.compiler.is_compiling():
+        where = [t for t in memory.values() if t is not None]
+        return compiled.checked_slots(ticket, numbers, where)  # type: ignore[no-any-return]
+    if isinstance(slots, PreparedSlots):
+        slots.check(**memory)
+    else:
+        refuse_plain_slots(memory)
+    return numbers
 
 
 def frame_index(name: str, frame: Any) -> int:

@@ -20,8 +20,7 @@ from kvpo_kernels.errors import (
     GradientError,
     ShapeError,
 )
-from kvpo_kernels.history.memory import pool_of
-from kvpo_kernels.history.slots import PreparedSlots
+from kvpo_kernels.history.slots import PreparedSlots, for_kernels
 from kvpo_kernels.ops.rope_table import RopeTable
 from kvpo_kernels.ops.store_frames import (
     check_offsets,
@@ -163,11 +162,9 @@ def qk_norm_rope_write(
         Nothing is written then.
     """
     cos, sin, name = _prepare(q, k, q_weight, k_weight, rope, first_frame, grid, eps, backend)
-    named = slots.for_kernels() if isinstance(slots, PreparedSlots) else slots
+    named = slots.tensor if isinstance(slots, PreparedSlots) else slots
     _check_write(q, k, v, k_pool, v_pool, named, grid, k_scales, v_scales)
-    if not torch.compiler.is_compiling():
-        _check_whose(slots, k_pool, v_pool, k_scales, v_scales)
-    slots = named
+    slots = for_kernels(slots, k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, q_weight, k_weight)):
         raise GradientError("qk_norm_rope_write has no backward: call it under torch.no_grad()")
     if k_scales is not None:  # a scale needs the whole frame first
@@ -291,25 +288,6 @@ def _check_write(
                 if _meet(tensor, pool):
                     raise ShapeError(f"{name} lies in {pool_name}, which is written to: clone it")
     check_slots(slots, [q.shape[0], grid[0]], k_pool.shape[0])
-
-
-def _check_whose(
-    slots: PreparedSlots | Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    k_scales: Tensor | None,
-    v_scales: Tensor | None,
-) -> None:
-    """Slots of a FramePool must know whose they are."""
-    if isinstance(slots, PreparedSlots):
-        slots.check(k_pool=k_pool, v_pool=v_pool, k_scales=k_scales, v_scales=v_scales)
-        return
-    for name, pool in (("k_pool", k_pool), ("v_pool", v_pool)):
-        if pool_of(pool) is not None:
-            raise DtypeError(
-                f"{name} is of a FramePool: slots must be of its `prepare_write` or `advance`, got"
-                " a tensor, which does not say whose frames it means"
-            )
 
 
 def _meet(a: Tensor, b: Tensor) -> bool:

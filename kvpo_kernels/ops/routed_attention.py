@@ -239,7 +239,6 @@ def routed_attention(
             chosen,
         )
     else:
-        table.check_frames(k_pool)
         out, lse = _forward(
             q, k_pool, v_pool, table.slots, k_live, v_live, k_scales, v_scales, scale, chosen
         )
@@ -430,8 +429,10 @@ torch.library.define(
 _MODULES = {b.name: b for b in BACKENDS}
 
 
-def _forward_impl(*args: object) -> tuple[Tensor, Tensor]:
+def _forward_impl(*args: Any) -> tuple[Tensor, Tensor]:
     *inputs, backend = args
+    if (hold := getattr(inputs[3], "kvpo_hold", None)) is not None:
+        hold.check(*inputs[1:3])  # here, so that a compiled graph checks as well
     return _MODULES[str(backend)].load().forward(*inputs)  # type: ignore[no-any-return]
 
 
