@@ -376,6 +376,15 @@ def test_rewards_equal_up_to_rounding_have_no_advantage(
     assert torch.equal(fused, torch.zeros_like(A) if mode == "zscore" else A.clamp(-2.5, 2.5))
 
 
+@pytest.mark.parametrize("base", [0.0, 1e-6, 6e-5])
+def test_steps_of_float16_are_coarse_below_its_normal_numbers(base: float) -> None:
+    r = torch.full((8,), base, dtype=torch.float16)
+    r[3] = steps(r[0].item(), 1, torch.float16)
+    assert not anchor_advantages(r, r[0]).any()
+    assert not fuse_advantages(r, mode="zscore").any()
+    assert anchor_advantages(torch.stack([r[0], r[0] + 1e-5]), r[0]).any()
+
+
 def test_one_step_of_noise_does_not_move_the_policy() -> None:
     """As released it is the largest advantage there is: the epsilon lies below float32's step."""
     r = torch.full((8,), 0.3)

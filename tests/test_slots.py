@@ -21,6 +21,7 @@ from kvpo_kernels import (
     Timeline,
     TopScored,
     Window,
+    qk_norm_rope,
     qk_norm_rope_write,
     routed_attention,
     text_relevance,
@@ -83,6 +84,9 @@ def test_what_slots_are() -> None:
     pool.prepare_write(branches, 3, 2)
     assert slots[1:].shape == (2, 1) and slots[1:].tolist() == slots.tolist()[1:]
     two = pool.prepare_write(branches, 3, 2)
+    for wrong in ((slice(None), 0), (0, 1), (slice(None),)):
+        with pytest.raises(DtypeError, match="slices of rows and of frames"):
+            two[wrong]  # type: ignore[index]
     assert two[1:, :1].tolist() == [[row[0]] for row in two.tolist()[1:]]
     assert pool.routes([row[:1] + two[0]]).tolist() == [[0, *two.tolist()[0]]]
     assert pool.prepare_write([], 0, 2).shape == (0, 2)
@@ -198,7 +202,7 @@ def test_slots_and_frames_are_not_each_other() -> None:
     plan = [0, 1, 2, 9, 10, 11]
     with pytest.raises(DtypeError, match=r"route\[branch=0, slot=0\] must be a slot"):
         pool.routes([plan])  # type: ignore[list-item]
-    row = video.window(0, 2)
+    row, rope, grid = video.window(0, 2), RopeTable(D), (1, 1, TOKENS)
     table = pool.routes([row])
     for call in (
         lambda: video.evict(row),
@@ -208,6 +212,9 @@ def test_slots_and_frames_are_not_each_other() -> None:
         lambda: video.fetch(row),
         lambda: pool.advance([video], 1, row, table),
         lambda: video.evict(Window(1, 1, row)),
+        lambda: video.write(0, row[0], *frames_of(1, 1)),
+        lambda: pool.prepare_write([video], row[0], 1),
+        lambda: qk_norm_rope(*[frames_of(1, 1)[0]] * 2, *torch.ones(2, D), rope, row[0], grid=grid),
     ):
         with pytest.raises(DtypeError, match="a place in the pool: a frame is an absolute index"):
             call()

@@ -27,6 +27,7 @@ from kvpo_kernels.history.slots import (
     Slots,
     backward_now,
     check_no_recompute,
+    frame_index,
 )
 from kvpo_kernels.history.timeline import Timeline, frames_to_keep
 from kvpo_kernels.ops.store_frames import PAGE_DTYPES, store_frames
@@ -190,7 +191,7 @@ class FramePool:
             PoolError: not enough free slots. Nothing has changed then, nor where a copy fails.
             GradientError: in a backward, as `routes`.
         """
-        first_frame = integer("first_frame", first_frame, None)
+        first_frame = frame_index("first_frame", first_frame)
         frames = range(first_frame, first_frame + integer("num_frames", num_frames))
         ledger = self._ledger
         with ledger.lock:

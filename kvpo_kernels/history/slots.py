@@ -231,6 +231,8 @@ class PreparedSlots(Sequence[Slots]):
         if isinstance(at, slice):
             return PreparedSlots(self.pool, self.rows[at], self.shape[1])
         if isinstance(at, tuple):
+            if len(at) != 2 or not all(isinstance(part, slice) for part in at):
+                raise DtypeError(f"prepared slots take slices of rows and of frames, got {at}")
             some, frames = at
             rows = [row[frames] for row in self.rows[some]]
             return PreparedSlots(self.pool, rows, len(range(self.shape[1])[frames]))

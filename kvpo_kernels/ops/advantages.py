@@ -100,8 +100,8 @@ def anchor_advantages(
         if floors is not None:
             floor = own_floor = floors[c]
         else:
-            floor = _rounding(group, _epsilon(rewards, anchor_rewards))
-            own_floor = _rounding(r[c], _epsilon(rewards))
+            floor = _rounding(group, rewards, anchor_rewards)
+            own_floor = _rounding(r[c], rewards)
         same = _finite_deviation(r[c], correction=1) <= own_floor
         branches = torch.where(same & r[c].isfinite(), _finite_mean(r[c]), r[c])
         deviation = _finite_deviation(group, correction=1)
@@ -178,7 +178,7 @@ def fuse_advantages(
         if nonfinite == "raise":
             _refuse_nonfinite(name, value)
         wide = value.detach().double()
-        floor = floors[0] if floors is not None else _rounding(wide, _epsilon(value))
+        floor = floors[0] if floors is not None else _rounding(wide, value)
         term = weight * _normalised(wide, mode, floor)
         fused = term if fused is None else fused + term
     assert fused is not None
@@ -200,15 +200,15 @@ def _normalised(x: Tensor, mode: str, floor: Tensor) -> Tensor:
     return torch.where(deviation > floor.clamp_min(STD_EPSILON), x / deviation, x)
 
 
-def _epsilon(*values: object) -> float:
-    """Relative distance of neighbouring numbers in the coarsest dtype among the tensors."""
-    floating = [x.dtype for x in values if isinstance(x, Tensor) and x.is_floating_point()]
-    return max(torch.finfo(dtype).eps for dtype in floating)
+def _rounding(x: Tensor, *given: object) -> Tensor:
+    """Deviation of the finite values that rounding to the coarsest dtype among `given` may make.
 
-
-def _rounding(x: Tensor, epsilon: float) -> Tensor:
-    """Deviation of the finite values that their rounding alone may make."""
-    return ROUNDINGS * epsilon * torch.where(x.isfinite(), x, 0.0).abs().amax()
+    Below the normal numbers steps become no smaller: in float16 they are 6e-8 there.
+    """
+    dtypes = [y.dtype for y in given if isinstance(y, Tensor) and y.is_floating_point()]
+    coarsest = max(map(torch.finfo, dtypes), key=lambda info: info.eps)
+    largest = torch.where(x.isfinite(), x, 0.0).abs().amax()
+    return ROUNDINGS * coarsest.eps * largest.clamp_min(coarsest.smallest_normal)
 
 
 def _floors(std_floor: StdFloor, components: int, device: torch.device) -> Tensor | None:

@@ -20,7 +20,7 @@ from kvpo_kernels.errors import (
     GradientError,
     ShapeError,
 )
-from kvpo_kernels.history.slots import PreparedSlots, for_kernels
+from kvpo_kernels.history.slots import PreparedSlots, for_kernels, frame_index
 from kvpo_kernels.ops.rope_table import RopeTable
 from kvpo_kernels.ops.store_frames import (
     check_offsets,
@@ -197,8 +197,8 @@ def _prepare(
     for axis, size in enumerate(grid):
         if type(size) is not int:
             integer(f"grid[{axis}]", size, None)
-    if type(first_frame) is not int and not isinstance(first_frame, Tensor):
-        integer("first_frame", first_frame, None)
+    if not isinstance(first_frame, Tensor):
+        frame_index("first_frame", first_frame)
     if q.ndim != 4:
         raise ShapeError(f"q must be [B, N, H, D], got {list(q.shape)}")
     B, N, _, D = q.shape
