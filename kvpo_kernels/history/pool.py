@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from kvpo_kernels.checks import integer
+from kvpo_kernels.checks import integer, tensors
 from kvpo_kernels.errors import DtypeError, PoolError, ShapeError
 from kvpo_kernels.history import compiled
 from kvpo_kernels.history.eviction import EvictionPolicy
@@ -335,6 +335,7 @@ class FramePool:
         """
         self._check_layer(layer)
         self._check_private(slots)
+        tensors(k=k, v=v)
         B, frames = slots.tensor.shape
         page = (self.frame_tokens, self.num_heads, self.head_dim)
         flat, split = (B, frames * page[0], *page[1:]), (B, frames, *page)
@@ -444,6 +445,8 @@ class FramePool:
             self._ledger.check_read(slots, what)
 
     def _check_rows(self, timelines: Sequence["Timeline"], what: str) -> None:
+        if not isinstance(timelines, Sequence):
+            raise DtypeError(f"timelines must be a list of Timelines, got {timelines!r}")
         for b, timeline in enumerate(timelines):
             if not isinstance(timeline, Timeline):
                 raise DtypeError(f"timelines[{b}] must be a Timeline, got {timeline!r}")

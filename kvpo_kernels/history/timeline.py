@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from kvpo_kernels.checks import integer
+from kvpo_kernels.checks import integer, tensors
 from kvpo_kernels.errors import DtypeError, FrameError, PoolError, ShapeError
 from kvpo_kernels.history.eviction import EvictionPolicy
 from kvpo_kernels.history.slots import Held, Slot, Slots, check_no_recompute, frame_index
@@ -89,6 +89,7 @@ class Timeline:
         """
         pool = self._pool
         pool._check_layer(layer)
+        tensors(k=k, v=v)
         frames = k.shape[0] // (pool.frame_tokens if k.ndim == 3 else 1) if k.ndim else 0
         page = (frames, pool.frame_tokens, pool.num_heads, pool.head_dim)
         flat = (frames * page[1], *page[2:])
@@ -292,6 +293,8 @@ def frames_to_keep(
 ) -> list[set[int]]:
     """Per timeline the frames to keep."""
     if not isinstance(keep, Iterable):
+        if not hasattr(keep, "keep"):
+            raise DtypeError(f"keep must be absolute frames or an EvictionPolicy, got {keep!r}")
         return [_indices(keep.keep(timeline)) for timeline in timelines]
     named: list[Any] = list(keep)
     if not any(hasattr(item, "keep") for item in named):

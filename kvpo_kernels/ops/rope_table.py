@@ -123,7 +123,9 @@ class RopeTable:
             if first_frame.numel() != 1:
                 raise ShapeError(f"first_frame must be one value, got {list(first_frame.shape)}")
             first_frame = 0  # the value is checked where it is known
-        if any(isinstance(n, float) for n in (first_frame, *grid)):
+        if not isinstance(grid, (tuple, list)) or len(grid) != 3:
+            raise ShapeError(f"grid must be (frames, height, width), got {grid!r}")
+        if any(isinstance(n, (float, str)) for n in (first_frame, *grid)):
             raise DtypeError(f"first_frame and grid must be ints, got {first_frame} and {grid}")
         if min(grid) < 1:
             raise RangeError(f"grid must be at least (1, 1, 1), got {grid}")

@@ -210,3 +210,21 @@ def test_the_fused_write_checks_its_slots_before_anything_is_written() -> None:
         )
         unchanged(pool, video, call, error, match)
     assert not plain.any() and branch_too
+
+
+@pytest.mark.parametrize("name", ["timelines", "keep", "k", "k ", "grid", "first_frame"])
+def test_what_is_no_such_thing_at_all_is_named(name: str) -> None:
+    pool = FramePool(8, 2, 1, 1, 16, dtype=torch.float32)
+    video = pool.timeline()
+    slots, page = pool.prepare_write([video], video.append(1), 1), torch.ones(1, 1, 2, 1, 16)
+    call: Callable[[], object] = {
+        "timelines": lambda: pool.prepare_write(video, 0, 1),  # type: ignore[arg-type]
+        "keep": lambda: video.evict(0),  # type: ignore[arg-type]
+        "k": lambda: video.write(0, 0, page.tolist(), page[0]),  # type: ignore[arg-type]
+        "k ": lambda: pool.write(0, slots, page.tolist(), page),  # type: ignore[arg-type]
+        "grid": lambda: Rope(16).tokens(0, (1, 2)),  # type: ignore[arg-type]
+        "first_frame": lambda: Rope(16).tokens("0", (1, 1, 2)),  # type: ignore[arg-type]
+    }[name]
+    with pytest.raises((DtypeError, ShapeError), match=rf"^{name.strip()} "):
+        call()
+    assert not pool.k(0).any() and not video.resident_frames
