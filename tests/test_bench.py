@@ -111,6 +111,8 @@ def test_cases_and_baselines_are_explained(capsys: pytest.CaptureFixture[str]) -
         (["--add"], "--add goes with --out"),
         (["--add", "--out", "other.json"], "other.json has no records of this version"),
         (["--out", "."], "is a folder"),
+        (["--plot", "."], "--plot .: is a folder"),
+        (["--plot", "new/a.foo"], "--plot new/a.foo: is no picture, which ends in one of ."),
         (["--threads", "0"], "--threads must be at least 1, got 0"),
     ],
 )
@@ -137,6 +139,25 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["--device", "cuda"])
     assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_records_go_into_devices_and_links_and_past_neighbours(tmp_path: Path) -> None:
+    """As root a device would be replaced by a file, for the whole machine."""
+    (tmp_path / "r.tmp").write_text("another's")
+    (tmp_path / "link.json").symlink_to(tmp_path / "r.json")
+    command.write(tmp_path / "link.json", [], [])
+    assert (tmp_path / "link.json").is_symlink()
+    command.write(tmp_path / "r.json", [{"op": "x"}], [])
+    assert json.loads((tmp_path / "link.json").read_text())["records"] == [{"op": "x"}]
+    assert (tmp_path / "r.tmp").read_text() == "another's"
+    # Never /dev/null itself: a failure of this test would break the machine that it runs on.
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    command.write(tmp_path / "pipe", [], [])
+    assert (tmp_path / "pipe").is_fifo()
+    assert json.loads(os.read(reader, 1000))["records"] == []
+    os.close(reader)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_case_that_fails_leaves_the_others(

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,9 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m kvpo_ker
     parser.add_argument("--bars", action="store_true", help="exit with 1 where a bar is missed")
     parser.add_argument("--out", type=Path, help="write the records as JSON")
     parser.add_argument("--add", action="store_true", help="to those that --out has already")
-    parser.add_argument("--plot", type=Path, help="draw achieved rates as PNG; needs matplotlib")
+    parser.add_argument(
+        "--plot", type=Path, help="draw achieved rates as .png, .svg, .pdf; needs matplotlib"
+    )
     args = parser.parse_args(arguments)
     ops = list(dict.fromkeys(args.op or catalogue.OPS))
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -76,12 +79,12 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m kvpo_ker
         asked = [{"op": op} for op in ops if not args.backend or {*args.backend} & {*known[op]}]
         if why := picture.why_not(there["records"] + asked):
             parser.error(f"--plot: {why}; leave out --op, or add --op {picture.OP}")
-        with contextlib.suppress(ImportError):
-            import matplotlib  # noqa: F401
-
-            why = "there"
-        if why is None:
+        try:
+            why = picture.why_not_to(args.plot)
+        except ImportError:
             parser.error("--plot needs matplotlib: pip install 'kvpo_kernels[bench]'")
+        if why:
+            parser.error(f"--plot {args.plot}: {why}")
     if args.list:
         print(f"{catalogue.explained(args.device, ops)}\n{EPILOG}", end="")
         return 0
@@ -193,8 +196,19 @@ def verdict(check: dict[str, Any], row: str) -> str:
 
 
 def write(path: Path, records: list[dict[str, Any]], failures: list[dict[str, str]]) -> None:
-    """As JSON, whole or not at all: the process may be killed at any time."""
+    """As JSON, whole or not at all: the process may be killed at any time.
+
+    What is no file of its own (a device, a pipe, a link) is written into and stays what it is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"records": records, "failures": failures}, indent=1) + "\n")
-    temporary.replace(path)
+    text = json.dumps({"records": records, "failures": failures}, indent=1) + "\n"
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text)
+        return
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

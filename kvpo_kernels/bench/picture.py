@@ -15,11 +15,27 @@ def why_not(records: Sequence[dict[str, Any]]) -> str | None:
     return f"there are no records of {OP} to draw: it is what the picture shows"
 
 
+def why_not_to(path: Path) -> str | None:
+    """Why the picture cannot be written there, or None.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.is_dir():
+        return "is a folder"
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if _format(path) not in formats:
+        return f"is no picture, which ends in one of .{', .'.join(sorted(formats))}"
+    return None
+
+
 def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Write the picture; see `figure`."""
     drawn = figure(records)
     path.parent.mkdir(parents=True, exist_ok=True)
-    drawn.savefig(path, dpi=130)
+    drawn.savefig(path, dpi=130, format=_format(path))
     _pyplot().close(drawn)
 
 
@@ -56,6 +72,10 @@ def figure(records: Sequence[dict[str, Any]]) -> Any:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     return drawn
+
+
+def _format(path: Path) -> str:
+    return path.suffix[1:].lower() or "png"
 
 
 def _pyplot() -> Any:

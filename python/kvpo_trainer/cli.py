@@ -152,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="--resume, but a damaged newest one is an error",
     )
-    sub.add_argument("--figure", type=Path, help="also write the README's figure there")
+    sub.add_argument(
+        "--figure", type=Path, help="also draw the rewards and a clip there; .png, .svg or .pdf"
+    )
     sub = command(
         "evaluate",
         _evaluate,
@@ -366,7 +368,7 @@ def _write_report(
 
     def figure() -> bytes:
         buffer = io.BytesIO()
-        made = report.readme_figure(metrics, before, after)
+        made = report.run_figure(metrics, before, after)
         made.savefig(buffer, format=options.figure.suffix[1:], dpi=130)
         return buffer.getvalue()
 

@@ -73,8 +73,9 @@ def telling() -> Iterator[None]:
         return
     before = sys.stdout, sys.stderr
     with contextlib.ExitStack() as stack:
-        # They are None where the process was started without.
-        nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        # They are None where the process was started without. What then is written is lost, which
+        # must be known: this takes none of it.
+        nowhere = stack.enter_context(open(os.devnull, encoding="utf-8"))
         out, err = Stream(before[0] or nowhere), Stream(before[1] or nowhere)
         sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
         try:

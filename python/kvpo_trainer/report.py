@@ -184,7 +184,7 @@ def reward_figure(metrics: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def readme_figure(
+def run_figure(
     metrics: Sequence[Mapping[str, Any]], before: Evaluation, after: Evaluation, rows: int = 3
 ) -> Figure:
     """Reward curves above strips of held-out videos before and after."""

@@ -276,7 +276,7 @@ def test_paired_difference() -> None:
 
 
 def test_figures() -> None:
-    figure = report.readme_figure(METRICS, evaluation(0.0), evaluation(0.1))
+    figure = report.run_figure(METRICS, evaluation(0.0), evaluation(0.1))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     with Image.open(buffer) as image:

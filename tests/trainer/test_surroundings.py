@@ -139,12 +139,12 @@ def test_every_command_keeps_its_result(
 
     # What is told and kept nowhere is a result that is lost, unless its reader has left.
     evaluate = ["evaluate", *weights, *SETTINGS]
-    for kind, wanted in (("full", 2), ("pipe", 0)):
+    for kind, wanted in (("full", 2), ("none", 2), ("closed", 2), ("pipe", 0)):
         with stream(kind) as broken, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", broken)
             patch.setattr(sys, "stderr", errors := io.StringIO())
             assert main(evaluate) == wanted
-        assert ("could not be written" in errors.getvalue()) == (kind == "full")
+        assert ("could not be written" in errors.getvalue()) == (wanted == 2)
 
     for encoding in ("ascii", "iso8859-2", "cp1251"):
         for command, code in ((evaluate, 0), (diversity, 0), (kept["verify"], 1)):
